@@ -1,0 +1,63 @@
+"""goodfit: the regularization that a PyTorch model needs, how much of it, and what it did.
+
+    import goodfit as gf
+    run = gf.Run(gf.Cocktail(gf.L2(1e-4), gf.Dropout(0.2)), model, example=x)
+
+Every regularizer is here by its name; the rest is in `gf.where`, `gf.schedules`, `gf.phases`. Nothing is imported before
+it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from goodfit import phases as phases, schedules as schedules, surgery as surgery, where as where
+    from goodfit.cocktail import Cocktail as Cocktail, parse as parse
+    from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
+    from goodfit.fit import Fit as Fit, fit as fit
+    from goodfit.hyper import hyper as hyper
+    from goodfit.regularizers.batchnorm import BatchNorm as BatchNorm
+    from goodfit.regularizers.dropout import Dropout as Dropout
+    from goodfit.regularizers.early_stopping import EarlyStopping as EarlyStopping
+    from goodfit.regularizers.shrinkage import L1 as L1, L2 as L2, WeightDecay as WeightDecay
+    from goodfit.run import Run as Run
+
+__version__ = "0.1.0"
+
+_MODULES = ("phases", "schedules", "surgery", "where")
+_NAMES = {
+    "Cocktail": "cocktail",
+    "Fit": "fit",
+    "GoodfitError": "errors",
+    "GoodfitWarning": "errors",
+    "Run": "run",
+    "fit": "fit",
+    "hyper": "hyper",
+    "parse": "cocktail",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"goodfit.{name}")
+    if name in _NAMES:
+        found = getattr(importlib.import_module(f"goodfit.{_NAMES[name]}"), name)
+    elif name.startswith("_"):
+        raise AttributeError(name)
+    else:
+        from goodfit.errors import nearest
+        from goodfit.regularizers import catalogue
+
+        if name not in catalogue():
+            raise AttributeError(f"goodfit has no {name!r}; {nearest(name, __dir__())}")
+        found = catalogue()[name]
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    from goodfit.regularizers import catalogue
+
+    return sorted({*_NAMES, *_MODULES, *catalogue()})

@@ -1,0 +1,155 @@
+"""Which weights a regularizer acts on: selectors by the role of a parameter, never guessed from its name alone.
+
+`kernels`, `biases`, `norms`, `embeddings` and `everything` select by the type of the module that owns a parameter;
+`named("conv*")` selects by glob. They combine with `&`, `|` and `~`, are frozen, and print as they are written.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+__all__ = ["Where", "biases", "embeddings", "everything", "kernels", "named", "norms", "roles"]
+
+_KERNELS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class Where(ABC):
+    """A predicate over (name, role) of a parameter."""
+
+    @abstractmethod
+    def holds(self, name: str, role: str) -> bool:
+        """Whether the parameter `name` with this `role` is selected."""
+
+    def __and__(self, other: Where) -> Where:
+        return _Both(self, other)
+
+    def __or__(self, other: Where) -> Where:
+        return _Either(self, other)
+
+    def __invert__(self) -> Where:
+        return _Not(self)
+
+    def select(self, model: nn.Module) -> list[str]:
+        """Names of the selected parameters of `model`, tied weights once, in the model's order."""
+        return [name for name, role in roles(model).items() if self.holds(name, role)]
+
+
+@dataclass(frozen=True, repr=False)
+class _Role(Where):
+    name: str
+    role: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def holds(self, name: str, role: str) -> bool:
+        return self.role in ("", role)
+
+
+@dataclass(frozen=True, repr=False)
+class _Named(Where):
+    glob: str
+
+    def __repr__(self) -> str:
+        return f"named({self.glob!r})"
+
+    def holds(self, name: str, role: str) -> bool:
+        return fnmatchcase(name, self.glob)
+
+
+@dataclass(frozen=True, repr=False)
+class _Both(Where):
+    left: Where
+    right: Where
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} & {self.right!r})"
+
+    def holds(self, name: str, role: str) -> bool:
+        return self.left.holds(name, role) and self.right.holds(name, role)
+
+
+@dataclass(frozen=True, repr=False)
+class _Either(Where):
+    left: Where
+    right: Where
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} | {self.right!r})"
+
+    def holds(self, name: str, role: str) -> bool:
+        return self.left.holds(name, role) or self.right.holds(name, role)
+
+
+@dataclass(frozen=True, repr=False)
+class _Not(Where):
+    inner: Where
+
+    def __repr__(self) -> str:
+        return f"~{self.inner!r}"
+
+    def holds(self, name: str, role: str) -> bool:
+        return not self.inner.holds(name, role)
+
+
+kernels: Where = _Role("kernels", "kernel")
+biases: Where = _Role("biases", "bias")
+norms: Where = _Role("norms", "norm")
+embeddings: Where = _Role("embeddings", "embedding")
+everything: Where = _Role("everything", "")
+
+
+def named(glob: str) -> Where:
+    """Parameters whose full name matches the glob: `named("encoder.*.weight")`."""
+    return _Named(glob)
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """Role of each parameter: "kernel", "bias", "norm", "embedding" or "other", tied weights once.
+
+    The role follows from the type of the owning module. A module that is not known counts as a kernel where its
+    parameter is a matrix, or has more axes of which at least two are longer than 1; so a layer scale of shape (C, 1, 1)
+    and a class token of shape (1, 1, C) are "other". A weight tied to an embedding is an embedding.
+    """
+    found: dict[str, str] = {}
+    first: dict[Tensor, str] = {}
+    for name, parameter, role in _owned(model):
+        known = first.setdefault(parameter, name)
+        if known == name or role == "embedding":
+            found[known] = role
+    return found
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{local}" if path else local
+            if isinstance(module, ParametrizationList):
+                owner_path, _, local = path.rpartition(".parametrizations.")
+                owner = model.get_submodule(owner_path)
+                role = _role(owner, local, parameter) if max(parameter.shape, default=1) < parameter.numel() else "other"
+            else:
+                role = _role(module, local, parameter)
+            yield name, parameter, role
+
+
+def _role(module: nn.Module, local: str, parameter: Tensor) -> str:
+    if isinstance(module, _NORMS):
+        return "norm"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, _KERNELS):
+        return "bias" if "bias" in local else "kernel"
+    long_axes = sum(length > 1 for length in parameter.shape)
+    if parameter.ndim == 2 or (parameter.ndim > 2 and long_axes >= 2):
+        return "kernel"
+    return "bias" if local == "bias" else "other"
