@@ -1,0 +1,104 @@
+"""The optimizer's rate per weight: how far one step moves a weight per unit of constant gradient.
+
+A proximal step with threshold lam · rate has the optimum of the penalised objective as its fixed point: where the
+optimizer rests, its update is rate · g with |g| <= lam on the zeros and g = -lam · sign(w) elsewhere. With lr in place of
+the rate that holds for plain SGD alone (docs/design.md has the derivation and the numbers).
+
+All formulas are branch-free on tensors and never ask for a number back (no `.item()`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+
+from goodfit.errors import GoodfitError
+
+__all__ = ["formula_of", "rate_of"]
+
+Group = dict[str, Any]
+Formula = Callable[[Group, dict[str, Any], Tensor], Tensor]
+
+
+def _scalar(value: Any, p: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=p.dtype, device=p.device)
+
+
+def _sgd(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
+    lr, m = _scalar(group["lr"], p), group["momentum"]
+    return lr * (1 - group["dampening"]) / (1 - m) if m else lr
+
+
+def _adam(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
+    second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+    correction = 1 - group["betas"][1] ** _scalar(state["step"], p)
+    return _scalar(group["lr"], p) / ((second / correction).sqrt() + group["eps"])
+
+
+def _rmsprop(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
+    second = state["square_avg"]
+    if group["centered"]:
+        second = (second - state["grad_avg"] ** 2).clamp(min=0)
+    return _scalar(group["lr"], p) / (1 - group["momentum"]) / (second.sqrt() + group["eps"])
+
+
+def _adagrad(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
+    lr = _scalar(group["lr"], p) / (1 + (_scalar(state["step"], p) - 1) * group["lr_decay"])
+    return lr / (state["sum"].sqrt() + group["eps"])
+
+
+def _adamax(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
+    return _scalar(group["lr"], p) / state["exp_inf"]
+
+
+def _radam(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
+    lr, beta, step = _scalar(group["lr"], p), group["betas"][1], _scalar(state["step"], p)
+    longest = 2 / (1 - beta) - 1
+    correction = 1 - beta**step
+    length = longest - 2 * step * beta**step / correction
+    share = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    rectified = lr * share.clamp(min=0).sqrt() * correction.sqrt() / (state["exp_avg_sq"].sqrt() + group["eps"])
+    return torch.where(length > 5, rectified, lr)
+
+
+def _adadelta(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
+    eps = group["eps"]
+    return _scalar(group["lr"], p) * (state["acc_delta"] + eps).sqrt() / (state["square_avg"] + eps).sqrt()
+
+
+_FORMULAS: dict[type[optim.Optimizer], Formula] = {
+    optim.SGD: _sgd,
+    optim.Adam: _adam,
+    optim.AdamW: _adam,
+    optim.NAdam: _adam,
+    optim.RMSprop: _rmsprop,
+    optim.Adagrad: _adagrad,
+    optim.Adamax: _adamax,
+    optim.RAdam: _radam,
+    optim.Adadelta: _adadelta,
+}
+
+
+def formula_of(optimizer: optim.Optimizer) -> Formula:
+    """The rate formula of an optimizer; refuses by name one whose rate is not known.
+
+    A subclass counts as its parent only where it inherits `step`.
+    """
+    kind = type(optimizer)
+    own = inspect.unwrap(kind.step)
+    for known in kind.__mro__:
+        if known in _FORMULAS and inspect.unwrap(known.step) is own:
+            return _FORMULAS[known]
+    names = ", ".join(sorted(k.__name__ for k in _FORMULAS))
+    raise GoodfitError(
+        f"A proximal step needs the optimizer's rate per weight, and that of {kind.__name__} is not known; use one of {names}."
+    )
+
+
+def rate_of(optimizer: optim.Optimizer, group: Group, p: Tensor) -> Tensor:
+    """The rate of parameter `p` of `group` after a step: of p's shape, or () where all its weights share one."""
+    return formula_of(optimizer)(group, optimizer.state[p], p)

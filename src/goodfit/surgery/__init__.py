@@ -1,0 +1,1 @@
+"""Edits of a model, each verified on an example."""

@@ -1,0 +1,26 @@
+"""A model's weights and buffers by name: out of the model, and back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["load_tensors", "tensors_of"]
+
+
+def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and persistent buffers of a model by name, tied ones once."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    kept = model.state_dict(keep_vars=True)
+    return weights, {name: b for name, b in model.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model, in place."""
+    now = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in {**weights, **buffers}.items():
+        if now[name] is not tensor:
+            now[name].copy_(tensor)
