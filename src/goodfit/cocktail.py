@@ -1,0 +1,142 @@
+"""A cocktail: an ordered mix of regularizers, and its text.
+
+`repr` is the configuration language of the command line, logs and run folders: `parse(repr(c)) == c`. It is read through
+`ast` as literals and known names; nothing is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from goodfit import schedules, where
+from goodfit.errors import GoodfitError, nearest
+from goodfit.phases import Regularizer
+from goodfit.regularizers import catalogue
+
+__all__ = ["Cocktail", "parse"]
+
+R = TypeVar("R")
+
+_SELECTORS: dict[str, Any] = {
+    name: getattr(where, name) for name in where.__all__ if isinstance(getattr(where, name), where.Where)
+}
+_CALLS: dict[str, Callable[..., Any]] = {"named": where.named, "linear": schedules.linear}
+_NUMBERS = {"inf": math.inf}
+
+
+class Cocktail(tuple[Regularizer, ...]):
+    """An ordered, frozen mix: `Cocktail(L2(1e-4), Dropout(0.2), EarlyStopping(10))`.
+
+    The order counts within a phase; the phases themselves have theirs.
+
+    >>> from goodfit import L2, Dropout
+    >>> print(Cocktail(L2(1e-4), Dropout(0.2)))
+    L2(0.0001), Dropout(0.2)
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *regularizers: Any) -> Cocktail:
+        for one in regularizers:
+            if not isinstance(one, Regularizer):
+                shown = f"the class {one.__name__}: add its numbers" if isinstance(one, type) else repr(one)
+                raise GoodfitError(f"Cocktail holds regularizers such as L2(1e-4), got {shown}.")
+        return super().__new__(cls, regularizers)
+
+    def __getnewargs__(self) -> tuple[Regularizer, ...]:
+        return tuple(self)
+
+    def of(self, phase: type[R]) -> Iterator[R]:
+        """The regularizers of one phase that are switched on, in written order."""
+        return (one for one in self if isinstance(one, phase) and not one.off)
+
+    def __repr__(self) -> str:
+        return f"Cocktail({', '.join(map(repr, self))})"
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self)) or "no regularizer"
+
+
+def parse(text: str) -> Cocktail:
+    """Read a cocktail from its text, bare or wrapped: `L2(1e-4), Dropout(0.2)` or `Cocktail(L2(lam=0.0001))`.
+
+    >>> parse("EarlyStopping(inf), L2(1e-3, where=kernels & ~named('head.*'))")[1].where
+    (kernels & ~named('head.*'))
+    """
+    try:
+        tree = ast.parse(f"[{text}\n]", mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise GoodfitError(f"A cocktail reads like 'L2(1e-4), Dropout(0.2)', got {text!r}.") from None
+    assert isinstance(tree, ast.List)
+    nodes = tree.elts
+    if len(nodes) == 1 and isinstance(nodes[0], ast.Call) and _name(nodes[0].func) == "Cocktail":
+        nodes = nodes[0].args
+    return Cocktail(*(_regularizer(node) for node in nodes))
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else ast.unparse(node)
+
+
+def _regularizer(node: ast.expr) -> Regularizer:
+    known = catalogue()
+    name = _name(node.func) if isinstance(node, ast.Call) else _name(node)
+    if name not in known:
+        raise GoodfitError(f"A cocktail knows no regularizer {name!r}; {nearest(name, known)}")
+    if not isinstance(node, ast.Call):
+        raise GoodfitError(f"A regularizer is written with its numbers, got {name!r}; write {name}().")
+    one = _call(node, name, known[name])
+    assert isinstance(one, Regularizer)
+    return one
+
+
+def _call(node: ast.Call, name: str, target: Callable[..., Any]) -> Any:
+    arguments = [_value(a) for a in node.args]
+    keywords: dict[str, Any] = {}
+    signature = inspect.signature(target)
+    for k in node.keywords:
+        if k.arg is None or k.arg not in signature.parameters:
+            raise GoodfitError(f"{name} has no number {k.arg!r}; {nearest(str(k.arg), signature.parameters)}")
+        keywords[k.arg] = _value(k.value)
+    try:
+        signature.bind(*arguments, **keywords)
+    except TypeError as wrong:
+        raise GoodfitError(f"{name} takes {signature}, got {ast.unparse(node)}: {wrong}.") from None
+    return target(*arguments, **keywords)
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Name(id=name)) if name in _NUMBERS:
+            return -_NUMBERS[name]
+        case ast.Name(id=name) if name in _NUMBERS:
+            return _NUMBERS[name]
+        case ast.Name(id=name) if name in _SELECTORS:
+            return _SELECTORS[name]
+        case ast.UnaryOp(op=ast.Invert(), operand=inner):
+            return ~_selector(inner)
+        case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
+            return _selector(left) & _selector(right)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _selector(left) | _selector(right)
+        case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
+            return _call(node, name, _CALLS[name])
+    known = [*_NUMBERS, *_SELECTORS, *_CALLS]
+    raise GoodfitError(
+        f"A cocktail holds numbers, schedules and selectors, got {ast.unparse(node)!r}; {nearest(_name(node), known)}"
+    )
+
+
+def _selector(node: ast.expr) -> where.Where:
+    value = _value(node)
+    if not isinstance(value, where.Where):
+        raise GoodfitError(f"& | ~ combine selectors such as kernels, got {ast.unparse(node)!r}.")
+    return value
