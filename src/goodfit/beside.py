@@ -1,0 +1,135 @@
+"""What happens beside the optimizer's step: penalties, gradients and decay before it, proximal and other steps after it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from goodfit import rates
+from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.phases import Gradient, Penalty, Step
+from goodfit.plan import Plan
+from goodfit.tensors import load_tensors, tensors_of
+
+__all__ = ["Beside"]
+
+Redo = Callable[[], Any]
+
+
+class Beside:
+    """The phases Penalty, Gradient and Step of a plan, on the optimizers that it meets."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.optimizers: list[Optimizer] = []
+        self.covered = False
+        self._live: dict[int, dict[str, nn.Parameter]] = {}
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, redo: Redo) -> None:
+        """Act on the gradients; `redo` runs backward on the same batch once more."""
+        live = {n: p for n, p in self._names(optimizer).items() if p.grad is not None}
+        self._live[id(optimizer)] = live
+        uphill = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
+        for key, one in self.plan.of(Penalty):
+            chosen = {n: live[n].detach() for n in self.plan.chosen[key] if n in live}
+            for name, slope in one.slope(chosen).items() if chosen else ():
+                _grad(live[name], name).add_(slope, alpha=-1 if id(live[name]) in uphill else 1)
+        for key, one in self.plan.of(Gradient):
+            grads = {n: _grad(p, n) for n, p in live.items()}
+            weights = {n: p.detach() for n, p in live.items()}
+            again = self._again(live, redo)
+            grads, self.plan.states[key] = one.gradient(grads, weights, self.plan.states[key], again)
+            for name, new in grads.items():
+                _grad(live[name], name).copy_(new)
+        self._move(optimizer, "before")
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Act on the stepped weights, then let time pass (with several optimizers, the first one's steps count)."""
+        self._move(optimizer, "proximal", "after")
+        if optimizer is self.optimizers[0]:
+            self.plan.tick()
+
+    @torch.no_grad()
+    def _move(self, optimizer: Optimizer, *moments: str) -> None:
+        live = self._live.get(id(optimizer), {})
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for key, one in self.plan.of(Step):
+            names = [n for n in self.plan.chosen[key] if n in live]
+            if one.moment not in moments or not names:
+                continue
+            weights = {n: live[n].detach() for n in names}
+            lr = {n: torch.as_tensor(groups[id(live[n])]["lr"], dtype=torch.float64) for n in names}
+            rate = {}
+            if one.moment == "proximal":
+                rate = {n: rates.rate_of(optimizer, groups[id(live[n])], live[n]) for n in names}
+            moved, self.plan.states[key] = one.step(weights, lr, rate, self.plan.states[key])
+            for name, new in moved.items():
+                live[name].copy_(new)
+
+    def _again(self, live: dict[str, nn.Parameter], redo: Redo) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """The gradient of the same batch with the same noise at other weights; the model is afterwards as it was."""
+
+        def again(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            _, buffers = tensors_of(self.plan.model)
+            kept = {n: b.clone() for n, b in buffers.items()}
+            before = {n: (p.detach().clone(), p.grad) for n, p in live.items()}
+            load_tensors(self.plan.model, weights, {})
+            for p in live.values():
+                p.grad = None
+            self.plan.clock.rewind()
+            with torch.enable_grad():
+                redo()
+            grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in live.items()}
+            for name, (weight, grad) in before.items():
+                live[name].copy_(weight)
+                live[name].grad = grad
+            load_tensors(self.plan.model, {}, kept)
+            return grads
+
+        return again
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """Take an optimizer in; refuse one beside which a regularizer of the cocktail cannot act."""
+        kind = type(optimizer).__name__
+        acting = [r for r in self.plan.active.values() if isinstance(r, Penalty | Gradient | Step)]
+        if acting and isinstance(optimizer, LBFGS):
+            raise GoodfitError(f"{acting[0]} cannot act beside LBFGS, which evaluates several times a step; use SGD or Adam.")
+        if any(isinstance(r, Step) and r.moment == "proximal" for r in acting):
+            rates.formula_of(optimizer)
+        decays = any(group.get("weight_decay", 0) for group in optimizer.param_groups)
+        if decays and any(isinstance(r, Step) and r.moment == "before" for r in acting):
+            warnings.warn(
+                f"Weights decay twice: by the cocktail's WeightDecay and by the weight_decay of {kind} itself (torch's AdamW "
+                "has 0.01 by default); make the optimizer with weight_decay=0.",
+                GoodfitWarning,
+                stacklevel=4,
+            )
+        self.optimizers.append(optimizer)
+
+    def cover(self) -> None:
+        """Refuse optimizers that lack a trainable parameter: made before the model was built, say."""
+        held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        for name, p in self.plan.model.named_parameters():
+            if p.requires_grad and id(p) not in held:
+                raise GoodfitError(
+                    f"The optimizer lacks the trainable parameter {name}: make it after the run, as in "
+                    "run = Run(cocktail, model, example=x); optimizer = AdamW(model.parameters()); or freeze the parameter."
+                )
+        self.covered = True
+
+    def _names(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {n: p for n, p in self.plan.model.named_parameters() if id(p) in held}
+
+
+def _grad(p: nn.Parameter, name: str) -> Tensor:
+    assert p.grad is not None
+    if p.grad.is_sparse:
+        raise GoodfitError(f"{name} has a sparse gradient, which a regularizer would make dense; leave it out by where=.")
+    return p.grad

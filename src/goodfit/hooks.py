@@ -1,0 +1,67 @@
+"""A run on anybody's optimizer, by torch's public step hooks: nothing in the loop has to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+
+from goodfit.errors import GoodfitError
+
+__all__ = ["hook"]
+
+Closure = Callable[[], Any]
+
+
+class Steps(Protocol):
+    """What the hooks call: the two phases beside an optimizer's step."""
+
+    def before_step(self, optimizer: Optimizer, redo: Closure | None) -> None: ...
+    def after_step(self, optimizer: Optimizer) -> None: ...
+
+
+def hook(run: Steps, optimizer: Optimizer) -> None:
+    """Let `run` act before and after each step of `optimizer`; with a closure, after the closure's backward."""
+
+    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _refuse_unscaling(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            run.before_step(optimizer, None)
+            return None
+        wrapped = _once(run, optimizer, closure)
+        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run.after_step(optimizer)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def _once(run: Steps, optimizer: Optimizer, closure: Closure) -> Closure:
+    calls = 0
+
+    def wrapped() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise GoodfitError(
+                f"{type(optimizer).__name__} calls its closure several times in one step, and the regularizers would act "
+                "at each; use an optimizer that calls it once."
+            )
+        loss = closure()
+        run.before_step(optimizer, closure)
+        return loss
+
+    return wrapped
+
+
+def _refuse_unscaling(optimizer: Optimizer) -> None:
+    """A fused optimizer unscales inside `step`, so a hook before it would see scaled gradients."""
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+        raise GoodfitError(
+            f"A fused {type(optimizer).__name__} unscales fp16 gradients inside its step, where no regularizer can act; "
+            f"make it with fused=False, or train in bfloat16 without a GradScaler."
+        )

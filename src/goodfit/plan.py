@@ -1,0 +1,106 @@
+"""A cocktail prepared for one model: built, its weights selected, its states made. Prepare once, apply many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goodfit.cocktail import Cocktail
+from goodfit.errors import GoodfitError
+from goodfit.noise import Clock, Noisy
+from goodfit.phases import Build, State
+from goodfit.tensors import tensors_of
+
+__all__ = ["Plan", "rank"]
+
+
+def rank() -> int:
+    """This process among those that train together."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if ready else 0
+
+
+class Plan:
+    """Which regularizer acts on what, and what it remembers.
+
+    active: the regularizers that are switched on, by their key ("0.L2"). chosen: the weights of each. states: its dict.
+    """
+
+    def __init__(self, cocktail: Cocktail, model: nn.Module, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self.clock = Clock()
+        self.active = {f"{i}.{type(r).__name__}": r for i, r in enumerate(cocktail) if not r.off}
+        self.chosen: dict[str, list[str]] = {}
+        self.states: dict[str, State] = {}
+        self._waiting: Any = None
+
+    def of(self, phase: type[Any]) -> list[tuple[str, Any]]:
+        """The active regularizers of one phase with the numbers of now, in written order."""
+        return [(key, r.at(self.clock.step)) for key, r in self.active.items() if isinstance(r, phase)]
+
+    def prepare(self, example: Any) -> None:
+        """Build now, or with the first batch that the model sees where nobody gave an example."""
+        if example is None and self.of(Build):
+            self._waiting = self.model.register_forward_pre_hook(self._first_forward, with_kwargs=True)
+        else:
+            self._build(example)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the model is still to be built."""
+        return self._waiting is not None
+
+    def build_if_waiting(self, example: Any) -> None:
+        """Take the first batch as the example."""
+        if self._waiting is not None:
+            self._waiting.remove()
+            self._waiting = None
+            self._build(example)
+
+    def _first_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.build_if_waiting(dict(kwargs) if kwargs and not args else args)
+
+    def _build(self, example: Any) -> None:
+        for _, one in self.of(Build):
+            one.build(self.model, example)
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, Noisy):
+                layer.bind(name, self.seed, self.clock, rank())
+        weights, buffers = tensors_of(self.model)
+        for key, one in self.active.items():
+            where = getattr(one, "where", None)
+            self.chosen[key] = list(weights) if where is None else where.select(self.model)
+            if where is not None and not self.chosen[key]:
+                shown = ", ".join(list(weights)[:8]) + (", ..." if len(weights) > 8 else "")
+                raise GoodfitError(
+                    f"{type(one).__name__} matched no weights (where={where}); the model has: {shown or 'none'}."
+                )
+            self.states[key] = one.init({n: weights[n] for n in self.chosen[key]}, buffers)
+
+    def tick(self) -> None:
+        """One optimizer step is complete."""
+        self.clock.step += 1
+        self._tune()
+
+    def _tune(self) -> None:
+        for one in self.active.values():
+            if isinstance(one, Build) and one.scheduled:
+                one.at(self.clock.step).tune(self.model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that must be remembered between two steps, as flat tensors."""
+        flat = {f"{key}.{name}": t.clone() for key, state in self.states.items() for name, t in state.items()}
+        return {"step": torch.tensor(self.clock.step), **flat}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken."""
+        expected = self.state_dict()
+        if saved.keys() != expected.keys():
+            odd = sorted(saved.keys() ^ expected.keys())
+            raise GoodfitError(f"The state of another cocktail or model: {odd[0]!r} does not match; build the same run first.")
+        for key, state in self.states.items():
+            self.states[key] = {name: saved[f"{key}.{name}"].clone() for name in state}
+        self.clock.step = int(saved["step"])
+        self._tune()

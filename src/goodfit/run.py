@@ -1,0 +1,199 @@
+"""A run: one cocktail on one model. It owns the states and answers the eight calls of the training loop.
+
+    run = Run(cocktail, model, loss=f)          # f(outputs, y) → mean over the rows
+    x, y = run.batch(x, y)
+    run.loss(x, y).backward()                   # never with a penalty in it
+    run.gradient(optimizer)                     # penalties as slopes, then Gradient phases, then decay
+    optimizer.step(); run.step(optimizer)
+    if not run.epoch(score): break
+    model = run.finish()
+
+`run.attach(optimizer)` does `gradient` and `step` by hooks, in anybody's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from goodfit.beside import Beside
+from goodfit.cocktail import Cocktail
+from goodfit.errors import GoodfitError
+from goodfit.hooks import hook
+from goodfit.losses import loss_of
+from goodfit.noise import Noise
+from goodfit.phases import Batch, Build, Epoch, Finish, Gradient, Loss, Penalty, Regularizer, Report, State
+from goodfit.plan import Plan, rank
+from goodfit.surgery.trace import call_model
+from goodfit.tensors import load_tensors, tensors_of
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One cocktail on one model.
+
+    cocktail: the mix, or one regularizer. model: edited in place by Build regularizers, `run.model is model`.
+    loss: f(outputs, y) → mean over the rows, needed for `run.loss` alone; task ("classes" or "numbers") names the usual one.
+    example: an input batch for insertion, else the first batch that the model sees. seed: of all noise.
+    """
+
+    def __init__(
+        self,
+        cocktail: Cocktail | Regularizer,
+        model: nn.Module,
+        *,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
+        example: Any = None,
+        task: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.cocktail = Cocktail(cocktail) if isinstance(cocktail, Regularizer) else Cocktail(*cocktail)
+        self.model = model
+        self.stopped = ""
+        self._loss = loss if loss is not None or task is None else loss_of(task)
+        self._plan = Plan(self.cocktail, model, seed)
+        self._plan.prepare(example)
+        self._beside = Beside(self._plan)
+        self._attached = self._heard = False
+        self._seen: set[str] = set()
+        self._micro: list[tuple[Any, Tensor]] = []
+
+    def batch(self, x: Any, y: Tensor) -> tuple[Any, Tensor]:
+        """Batch regularizers on one batch; y must hold probabilities or reals where there is one."""
+        self._plan.build_if_waiting(x)
+        for key, one in self._plan.of(Batch):
+            if not y.is_floating_point():
+                raise GoodfitError(
+                    f"{type(one).__name__} needs y as probabilities or reals, got {y.dtype} of shape {tuple(y.shape)}; "
+                    "for classes: y = torch.nn.functional.one_hot(y, n_classes).to(x.dtype)."
+                )
+            x, y = one.batch(x, y, Noise(self._plan.seed, key, self._plan.clock.step, len(self._micro), rank()))
+        self._seen.add("batch")
+        return x, y
+
+    def loss(self, x: Any, y: Tensor) -> Tensor:
+        """Model, loss function and Loss regularizers on one batch: a scalar without penalties, to call `backward` on."""
+        if self._loss is None:
+            raise GoodfitError("run.loss needs a loss function: Run(cocktail, model, loss=f) or task='classes' or 'numbers'.")
+        self._plan.build_if_waiting(x)
+        outputs = call_model(self.model, x)
+        loss = self._loss(outputs, y)
+        for _, one in self._plan.of(Loss):
+            loss = one.loss(loss, outputs, y)
+        self._seen.add("loss")
+        if self.model.training:
+            self._micro.append((x, y))
+        return loss
+
+    def gradient(self, optimizer: Optimizer) -> None:
+        """Penalties and Gradient regularizers on `.grad`, then decoupled decay: call it between backward and step."""
+        self._refuse_attached("gradient")
+        self.before_step(optimizer, None)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Proximal and other steps after the optimizer's: call it behind `optimizer.step()`."""
+        self._refuse_attached("step")
+        self.after_step(optimizer)
+
+    def epoch(self, score: float | Tensor, *, train_loss: float | None = None, stderr: float | None = None) -> bool:
+        """Tell the validation score of an epoch; whether to go on. Lower is better unless mode="max" was said."""
+        self._heard = True
+        report = Report(_number(score), *(None if n is None else _number(n) for n in (train_loss, stderr)))
+        weights, buffers = tensors_of(self.model)
+        for key, one in self._plan.of(Epoch):
+            go_on, self._plan.states[key] = one.epoch(report, weights, buffers, self._plan.states[key])
+            if not go_on and not self.stopped:
+                self.stopped = one.reason(self._plan.states[key])
+        return not self.stopped
+
+    def finish(self) -> nn.Module:
+        """The model to keep: Finish regularizers on its weights and buffers, in place."""
+        deaf = [type(r).__name__ for _, r in self._plan.of(Epoch)]
+        if deaf and not self._heard:
+            raise GoodfitError(f"{deaf[0]} has heard no score; call run.epoch(score) after each validation.")
+        weights, buffers = tensors_of(self.model)
+        for key, one in self._plan.of(Finish):
+            weights, buffers = one.finish(weights, buffers, self._plan.states[key])
+        load_tensors(self.model, weights, buffers)
+        return self.model
+
+    def attach(self, *optimizers: Optimizer) -> Run:
+        """Put `gradient` and `step` on the optimizers' hooks, for any loop; refuses what hooks cannot serve."""
+        for optimizer in optimizers:
+            if any(optimizer is known for known in self._beside.optimizers):
+                raise GoodfitError(f"This {type(optimizer).__name__} is attached already.")
+            self._beside.meet(optimizer)
+        if not self._plan.waiting:
+            self._beside.cover()
+        for optimizer in optimizers:
+            hook(self, optimizer)
+        self._attached = True
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a run must remember between two steps, as flat tensors; `load_state_dict` takes it back."""
+        return self._plan.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken, on a run of the same cocktail and a model of the same weights."""
+        self._plan.load_state_dict(saved)
+
+    def states(self, kind: type[Any]) -> list[tuple[Any, State]]:
+        """The active regularizers of one kind with their states."""
+        return [(one, self._plan.states[key]) for key, one in self._plan.of(kind)]
+
+    @torch.no_grad()
+    def penalty(self) -> float:
+        """The sum of all penalties at the weights of now: what the objective has beside the loss."""
+        weights = dict(self.model.named_parameters())
+        parts = [one.penalty({n: weights[n] for n in self._plan.chosen[key]}) for key, one in self._plan.of(Penalty)]
+        return float(sum(float(part) for part in parts))
+
+    def before_step(self, optimizer: Optimizer, redo: Callable[[], Any] | None) -> None:
+        """`gradient` for the hooks; `redo` is the loop's closure, where it has one."""
+        self._ready(optimizer, redo)
+        self._beside.before_step(optimizer, redo or self._redo)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """`step` for the hooks."""
+        self._beside.after_step(optimizer)
+        self._micro.clear()
+
+    def _redo(self) -> None:
+        batch = self._micro[0]
+        torch.autograd.backward(self.loss(*batch))
+        self._micro[:] = [batch]
+
+    def _refuse_attached(self, call: str) -> None:
+        if self._attached:
+            raise GoodfitError(f"run.{call} acts by itself since run.attach(optimizer); remove the call.")
+
+    def _ready(self, optimizer: Optimizer, redo: Any) -> None:
+        """Refuse, at the first step, a cocktail of which a part would be dropped."""
+        if self._plan.waiting:
+            builder = next(r for r in self._plan.active.values() if isinstance(r, Build))
+            raise GoodfitError(f"{builder} is not built: {type(self.model).__name__} has not run yet; give Run an example=.")
+        if not any(optimizer is known for known in self._beside.optimizers):
+            self._beside.meet(optimizer)
+        elif not self._beside.covered:
+            self._beside.cover()
+        for _, one in self._plan.of(Gradient):
+            if one.twice and redo is None and len(self._micro) != 1:
+                raise GoodfitError(
+                    f"{type(one).__name__} needs a second gradient, which takes one run.loss(x, y) per step (seen: "
+                    f"{len(self._micro)}) or a closure; add: loss = run.loss(x, y), or optimizer.step(closure)"
+                )
+        if self._plan.clock.step == 0:
+            for phase, call, line in ((Batch, "batch", "x, y = run.batch(x, y)"), (Loss, "loss", "loss = run.loss(x, y)")):
+                for _, one in self._plan.of(phase):
+                    if call not in self._seen:
+                        raise GoodfitError(f"{type(one).__name__} acts in run.{call}, which was not called; add: {line}")
+
+
+def _number(value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
