@@ -1,0 +1,1 @@
+"""From a table to a network: reading, types, split, encoding."""
