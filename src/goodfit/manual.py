@@ -1,0 +1,41 @@
+"""What `goodfit list` says: every regularizer, read off its class."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+
+from goodfit.hyper import Hyper, hypers
+from goodfit.phases import phases_of
+from goodfit.regularizers import catalogue
+
+__all__ = ["lines"]
+
+
+def lines() -> Iterator[str]:
+    """The manual of all regularizers, a few lines each."""
+    for name, kind in catalogue().items():
+        text = inspect.getdoc(kind) or ""
+        yield f"{name}  [{', '.join(phases_of(kind))}]  {text.splitlines()[0] if text else ''}"
+        for number, known in hypers(kind):
+            yield f"    {number} = {known.default:g}   {_range(known)}"
+        numbers = {number for number, _ in hypers(kind)}
+        for other in fields(kind):
+            if other.name not in numbers:
+                yield f"    {other.name} = {other.default!r}"
+        yield f"    source: {_source(text)}"
+        yield ""
+
+
+def _range(known: Hyper) -> str:
+    scale = "log" if known.log else "linear"
+    off = "" if known.off is None else f", off at {known.off:g}"
+    unit = f" {known.unit}" if known.unit else ""
+    return f"{known.rule}{unit}{off}; searched {known.low:g} to {known.high:g}, {scale}"
+
+
+def _source(text: str) -> str:
+    found = re.search(r"Source:\s*(.+?)(?:\n\s*\n|\Z)", text, re.DOTALL)
+    return " ".join(found.group(1).split()) if found else "none given"

@@ -1,0 +1,281 @@
+"""The command line as a user meets it: what it writes, what it says, and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from goodfit import cli
+
+Outcome = tuple[int, str, str]
+FAST = ("--epochs", "3", "--cocktail", "BatchNorm(), Dropout(0.2), L1(1e-3), EarlyStopping(20)")
+
+
+@pytest.fixture()
+def goodfit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Outcome]:
+    """Run the command in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+
+    def run(*words: str) -> Outcome:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["goodfit", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+def rows(n: int = 120, seed: int = 0) -> list[dict[str, object]]:
+    """A table whose target follows from a number and a category, with holes in both."""
+    draw = random.Random(seed)
+    table = []
+    for i in range(n):
+        age, city = draw.randint(18, 80), draw.choice(["Rome", "Oslo", "Łódź"])
+        row = {"id": f"c{i:04}", "age": age, "city": city, "day": f"2024-03-{draw.randint(1, 28):02}", "same": 1}
+        row |= {"member": draw.choice(["true", "false"]), "churn": "yes" if (age > 50) ^ (city == "Oslo") else "no"}
+        row |= {"age": ""} if i % 17 == 3 else {}
+        row |= {"city": ""} if i % 19 == 5 else {}
+        table.append(row)
+    return table
+
+
+def write(name: str, table: list[dict[str, object]]) -> str:
+    with open(name, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    return name
+
+
+def read(name: str | Path) -> list[dict[str, str]]:
+    with open(name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_fit_writes_a_whole_run_folder_and_says_what_it_did(goodfit: Callable[..., Outcome]) -> None:
+    code, out, err = goodfit("fit", write("churn.csv", rows()), "--target", "churn", *FAST)
+    assert code == 0
+    assert sorted(p.name for p in Path("churn-run").iterdir()) == [
+        "history.json", "preprocessing.json", "report.html", "report.json", "run.json", "test_predictions.csv",
+        "weights.safetensors",
+    ]  # fmt: skip
+    assert [line.split()[0] for line in out.splitlines()] == ["train", "valid", "test", "run"]
+    assert "column id: a different text in every row, like an identifier: left out" in err
+    assert "column same: constant: left out" in err
+    assert "split: train 72, valid 24, test 24 rows" in err
+    about = json.loads(Path("churn-run/run.json").read_text())
+    assert about["cocktail"].startswith("Cocktail(BatchNorm(momentum=0.1")
+    assert (about["seed"], about["rows"], about["classes"]) == (0, {"train": 72, "valid": 24, "test": 24}, ["no", "yes"])
+    assert len(json.loads(Path("churn-run/history.json").read_text())["regularized"]) == 3
+    assert list(Path().glob(".*")) == []
+
+
+def test_predict_gives_the_bits_of_fitting_whatever_the_order_and_number_of_rows(goodfit: Callable[..., Outcome]) -> None:
+    table = rows()
+    goodfit("fit", write("churn.csv", table), "--target", "churn", "--out", "run", *FAST)
+    fitted = {r["row"]: (r["prediction"], r["p(no)"], r["p(yes)"]) for r in read("run/test_predictions.csv")}
+    assert len(fitted) == 24
+    assert goodfit("predict", "run", "churn.csv", "-o", "all.csv")[0] == 0
+    again = {str(i): tuple(r.values()) for i, r in enumerate(read("all.csv"), 1)}
+    assert {i: again[i] for i in fitted} == fitted
+    shuffled = [{k: row[k] for k in ("member", "city", "day", "age")} | {"new": 7} for row in reversed(table[40:])]
+    assert goodfit("predict", "run", write("part.csv", shuffled), "-o", "part_out.csv")[0] == 0
+    assert [tuple(r.values()) for r in read("part_out.csv")] == [again[str(i)] for i in range(120, 40, -1)]
+
+
+def test_predict_in_another_process_gives_the_same_bits(goodfit: Callable[..., Outcome]) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    goodfit("predict", "run", "churn.csv", "-o", "here.csv")
+    command = [sys.executable, "-m", "goodfit", "predict", "run", "churn.csv", "-o", "there.csv"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert Path("here.csv").read_bytes() == Path("there.csv").read_bytes()
+
+
+def test_predict_accepts_new_categories_and_refuses_a_missing_column(goodfit: Callable[..., Outcome]) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    strange = [{**row, "city": "Atlantis", "member": ""} for row in rows(30, seed=1)]
+    assert goodfit("predict", "run", write("new.csv", strange), "-o", "new_out.csv")[0] == 0
+    assert len(read("new_out.csv")) == 30
+    without = [{k: v for k, v in row.items() if k != "city"} | {"citty": 1} for row in rows(30)]
+    code, _, err = goodfit("predict", "run", write("less.csv", without), "-o", "less_out.csv")
+    assert (code, err) == (2, "goodfit: less.csv: expected the column city, which is not there; did you mean citty?\n")
+    assert not Path("less_out.csv").exists()
+
+
+def test_a_column_that_changed_its_kind_is_refused(goodfit: Callable[..., Outcome]) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    code, _, err = goodfit("predict", "run", write("x.csv", [{**r, "age": "old"} for r in rows(30)]), "-o", "o.csv")
+    assert code == 2
+    assert "age" in err
+    assert err.count("\n") == 1
+
+
+def test_numbers_are_predicted_in_their_own_units(goodfit: Callable[..., Outcome]) -> None:
+    table = [{"a": i / 10, "price": 1000.5 + 3 * i} for i in range(200)]
+    code, out, _ = goodfit("fit", write("p.csv", table), "--target", "price", "--out", "run", "--epochs", "60")
+    assert code == 0
+    assert "rmse" in out
+    goodfit("predict", "run", "p.csv", "-o", "o.csv")
+    guess = np.array([float(r["prediction"]) for r in read("o.csv")])
+    truth = np.array([row["price"] for row in table])
+    assert np.sqrt(np.mean((guess - truth) ** 2)) < 0.5 * truth.std()
+
+
+def test_the_same_seed_gives_the_same_weights(goodfit: Callable[..., Outcome]) -> None:
+    write("churn.csv", rows())
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        goodfit("fit", "churn.csv", "--target", "churn", "--out", name, "--seed", seed, *FAST)
+    a, b, c = (Path(name, "weights.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize(("target", "task", "classes"), [("member", "classes", ["False", "True"]), ("age", "numbers", None)])
+def test_the_target_is_inferred_and_overridable(
+    goodfit: Callable[..., Outcome], target: str, task: str, classes: object
+) -> None:
+    assert goodfit("fit", write("churn.csv", rows()), "--target", target, "--out", "run", *FAST)[0] == 0
+    about = json.loads(Path("run/run.json").read_text())
+    assert (about["task"], about["classes"]) == (task, classes)
+
+
+REFUSED = {
+    "missing file": (("fit", "no.csv", "--target", "y"), "no.csv: there is no such file"),
+    "missing target": (("fit", "churn.csv", "--target", "chrun"), "no column 'chrun' to predict; did you mean churn?"),
+    "one class": (("fit", "churn.csv", "--target", "same"), "'same' must have two different values at least"),
+    "all-missing target": (("fit", "holes.csv", "--target", "void"), "'void' is missing in all 40 rows"),
+    "empty table": (("fit", "empty.csv", "--target", "y"), "empty"),
+    "header only": (("fit", "header.csv", "--target", "y"), "no rows"),
+    "two rows": (("fit", "two.csv", "--target", "churn"), "at least 20 rows"),
+    "only constants": (("fit", "constant.csv", "--target", "y"), "none that can be used (a: constant: left out)"),
+    "infinite number": (("fit", "inf.csv", "--target", "y"), "--missing inf"),
+    "identifier target": (("fit", "churn.csv", "--target", "id"), "too many for classes"),
+    "unknown regularizer": (("fit", "churn.csv", "--target", "churn", "--cocktail", "Dropuot(.1)"), "did you mean Dropout?"),
+    "number out of range": (("fit", "churn.csv", "--target", "churn", "--cocktail", "L2(lam=-1)"), "L2.lam must be >= 0"),
+    "unknown number": (("fit", "churn.csv", "--target", "churn", "--cocktail", "L2(lma=1)"), "did you mean lam?"),
+    "code in a cocktail": (("fit", "churn.csv", "--target", "churn", "--cocktail", "__import__('os')"), "knows no regularizer"),
+    "maximising": (("fit", "churn.csv", "--target", "churn", "--cocktail", "EarlyStopping(2, mode='max')"), "lower is better"),
+    "run folder exists": (("fit", "churn.csv", "--target", "churn", "--out", "there"), "exists already"),
+    "climbing name": (("fit", "churn.csv", "--target", "churn", "--out", "../../x"), "must not climb"),
+    "no parent": (("fit", "churn.csv", "--target", "churn", "--out", "a/b/c"), "needs a folder to be in"),
+    "unknown task": (("fit", "churn.csv", "--target", "churn", "--task", "clases"), "did you mean classes?"),
+    "wrong task": (("fit", "churn.csv", "--target", "churn", "--task", "numbers"), "needs a target of numbers"),
+    "unknown device": (("fit", "churn.csv", "--target", "churn", "--device", "gpu9"), "gpu9"),
+    "bad number of epochs": (("fit", "churn.csv", "--target", "churn", "--epochs", "0"), "--epochs"),
+    "unknown option": (("fit", "churn.csv", "--traget", "churn"), "--traget"),
+    "unknown command": (("fti",), "fti"),
+    "no run folder": (("predict", "nowhere", "churn.csv", "-o", "x.csv"), "no run folder 'nowhere'"),
+    "not a run folder": (("report", "there"), "not a run folder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_gets_one_line_exit_code_2_and_leaves_nothing(goodfit: Callable[..., Outcome], case: str) -> None:
+    words, expected = REFUSED[case]
+    write("churn.csv", rows())
+    write("two.csv", rows(2))
+    write("holes.csv", [{"a": i, "void": ""} for i in range(40)])
+    write("constant.csv", [{"a": 1, "y": i % 2} for i in range(40)])
+    write("inf.csv", [{"a": "inf" if i == 7 else i, "y": i % 2} for i in range(40)])
+    Path("empty.csv").write_text("")
+    Path("header.csv").write_text("a,y\n")
+    Path("there").mkdir()
+    before = sorted(Path("..").rglob("*"))
+    code, out, err = goodfit(*words)
+    assert (code, out) == (2, "")
+    assert expected in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("goodfit: ")
+    assert sum(line.startswith("goodfit: ") for line in err.splitlines()) == 1
+    assert "Traceback" not in err
+    assert sorted(Path("..").rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(goodfit: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        goodfit("fit", "no.csv", "--target", "y", "--debug")
+
+
+def test_hostile_names_are_escaped_in_the_report_and_harmless_in_the_terminal(goodfit: Callable[..., Outcome]) -> None:
+    evil = "<script>alert(1)</script>"
+    table = [{evil: i % 7, "../../x": i % 5, "été 😀\x1b[2J": i % 3, "y": f"{evil}{i % 2}"} for i in range(60)]
+    code, out, err = goodfit("fit", write("<b>.csv", table), "--target", "y", "--out", "run", *FAST)
+    assert code == 0
+    assert "\x1b" not in out + err
+    page = Path("run/report.html").read_text()
+    assert "<script>" not in page.lower()
+    assert "&lt;script&gt;" in page
+    assert goodfit("predict", "run", "<b>.csv", "-o", "o.csv")[0] == 0
+
+
+def test_ten_thousand_columns_are_fitted(goodfit: Callable[..., Outcome]) -> None:
+    draw = np.random.default_rng(0)
+    table = draw.integers(0, 9, size=(40, 10_001))
+    table[:, 0] %= 2
+    lines = [",".join(["y", *(f"c{i}" for i in range(10_000))]), *(",".join(map(str, row)) for row in table)]
+    Path("wide.csv").write_text("\n".join(lines))
+    assert goodfit("fit", "wide.csv", "--target", "y", "--out", "run", *FAST)[0] == 0
+    assert Path("run/report.html").stat().st_size < 4_000_000
+
+
+def test_arrays_are_fitted_and_predicted(goodfit: Callable[..., Outcome]) -> None:
+    x = np.random.default_rng(0).normal(size=(60, 3, 2))
+    np.savez("a.npz", X=x, y=(x.sum(axis=(1, 2)) > 0).astype(int))
+    assert goodfit("fit", "a.npz", "--target", "y", "--out", "run", *FAST)[0] == 0
+    assert goodfit("predict", "run", "a.npz", "-o", "o.csv")[0] == 0
+    assert len(read("o.csv")) == 60
+
+
+def test_report_is_drawn_anew_and_list_shows_every_regularizer(goodfit: Callable[..., Outcome]) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    page = Path("run/report.html")
+    drawn = page.read_text()
+    page.unlink()
+    assert goodfit("report", "run")[0] == 0
+    assert page.read_text() == drawn
+    code, out, _ = goodfit("list")
+    assert code == 0
+    for part in ("Dropout  [Build]", "p = 0.2   in [0, 1), off at 0", "patience = 20", "off at inf", "Tibshirani 1996"):
+        assert part in out
+
+
+@pytest.mark.parametrize("damage", ["weights.safetensors", "run.json", "preprocessing.json"])
+def test_a_damaged_run_folder_is_one_line(goodfit: Callable[..., Outcome], damage: str) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    whole = Path("run", damage).read_bytes()
+    for broken in (b"", whole[: len(whole) // 2], b"{}", b"[1]", b"\x80\x04."):
+        Path("run", damage).write_bytes(broken)
+        code, _, err = goodfit("predict", "run", "churn.csv", "-o", "o.csv")
+        assert (code, err.count("\n")) == (2, 1), err
+    Path("run", damage).unlink()
+    assert goodfit("predict", "run", "churn.csv", "-o", "o.csv")[0] == 2
+
+
+def test_a_changed_preprocessing_is_noticed(goodfit: Callable[..., Outcome]) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    saved = json.loads(Path("run/preprocessing.json").read_text())
+    saved["means"][0] += 1
+    Path("run/preprocessing.json").write_text(json.dumps(saved))
+    code, _, err = goodfit("predict", "run", "churn.csv", "-o", "o.csv")
+    assert code == 2
+    assert "encodes its sample rows otherwise" in err
+
+
+def test_help_is_the_manual_and_quick() -> None:
+    shown = subprocess.run([sys.executable, "-m", "goodfit", "--help"], capture_output=True, text=True, check=True).stdout
+    for word in ("fit", "predict", "report", "list", "--debug", "--version", "EarlyStopping(20)"):
+        assert word in shown
