@@ -14,7 +14,7 @@ from goodfit import rates
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Gradient, Penalty, Step
 from goodfit.plan import Plan
-from goodfit.tensors import load_tensors, tensors_of
+from goodfit.tensors import load_tensors
 
 __all__ = ["Beside"]
 
@@ -49,9 +49,14 @@ class Beside:
                 _grad(live[name], name).copy_(new)
         self._move(optimizer, "before")
 
+    def awaits(self, optimizer: Optimizer) -> bool:
+        """Whether `before_step` has acted and `after_step` has not."""
+        return id(optimizer) in self._live
+
     def after_step(self, optimizer: Optimizer) -> None:
         """Act on the stepped weights, then let time pass (with several optimizers, the first one's steps count)."""
         self._move(optimizer, "proximal", "after")
+        self._live.pop(id(optimizer), None)
         if optimizer is self.optimizers[0]:
             self.plan.tick()
 
@@ -67,7 +72,8 @@ class Beside:
             lr = {n: torch.as_tensor(groups[id(live[n])]["lr"], dtype=torch.float64) for n in names}
             rate = {}
             if one.moment == "proximal":
-                rate = {n: rates.rate_of(optimizer, groups[id(live[n])], live[n]) for n in names}
+                both = {n: rates.rate_of(optimizer, groups[id(live[n])], live[n]) for n in names}
+                rate, lr = {n: r for n, (r, _) in both.items()}, {n: reach for n, (_, reach) in both.items()}
             moved, self.plan.states[key] = one.step(weights, lr, rate, self.plan.states[key])
             for name, new in moved.items():
                 live[name].copy_(new)
@@ -76,20 +82,19 @@ class Beside:
         """The gradient of the same batch with the same noise at other weights; the model is afterwards as it was."""
 
         def again(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            _, buffers = tensors_of(self.plan.model)
-            kept = {n: b.clone() for n, b in buffers.items()}
-            before = {n: (p.detach().clone(), p.grad) for n, p in live.items()}
+            kept = {n: b.clone() for n, b in self.plan.model.named_buffers()}
+            before = {n: p.detach().clone() for n, p in live.items()}
+            held = [(p, p.grad) for p in self.plan.model.parameters()]  # of other optimizers too
             load_tensors(self.plan.model, weights, {})
-            for p in live.values():
+            for p, _ in held:
                 p.grad = None
             self.plan.clock.rewind()
             with torch.enable_grad():
                 redo()
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in live.items()}
-            for name, (weight, grad) in before.items():
-                live[name].copy_(weight)
-                live[name].grad = grad
-            load_tensors(self.plan.model, {}, kept)
+            for p, grad in held:
+                p.grad = grad
+            load_tensors(self.plan.model, before, kept)
             return grads
 
         return again
@@ -119,7 +124,8 @@ class Beside:
             if p.requires_grad and id(p) not in held:
                 raise GoodfitError(
                     f"The optimizer lacks the trainable parameter {name}: make it after the run, as in "
-                    "run = Run(cocktail, model, example=x); optimizer = AdamW(model.parameters()); or freeze the parameter."
+                    "run = Run(cocktail, model, example=x); optimizer = AdamW(model.parameters()); or freeze the parameter; "
+                    "several optimizers go in together: run.attach(a, b)."
                 )
         self.covered = True
 

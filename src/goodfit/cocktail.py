@@ -10,7 +10,7 @@ import ast
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from goodfit import schedules, where
 from goodfit.errors import GoodfitError, nearest
@@ -18,8 +18,6 @@ from goodfit.phases import Regularizer
 from goodfit.regularizers import catalogue
 
 __all__ = ["Cocktail", "parse"]
-
-R = TypeVar("R")
 
 _SELECTORS: dict[str, Any] = {
     name: getattr(where, name) for name in where.__all__ if isinstance(getattr(where, name), where.Where)
@@ -50,7 +48,7 @@ class Cocktail(tuple[Regularizer, ...]):
     def __getnewargs__(self) -> tuple[Regularizer, ...]:
         return tuple(self)
 
-    def of(self, phase: type[R]) -> Iterator[R]:
+    def of(self, phase: type[Any]) -> Iterator[Any]:
         """The regularizers of one phase that are switched on, in written order."""
         return (one for one in self if isinstance(one, phase) and not one.off)
 

@@ -26,22 +26,38 @@ def task_of(y: Tensor) -> str:
     return "numbers" if y.is_floating_point() else "classes"
 
 
-def _squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+def _squared_error(outputs: Any, y: Tensor) -> Tensor:
+    _refuse_others(outputs)
     if outputs.shape != y.shape:
         if outputs.shape != (*y.shape, 1) and (*outputs.shape, 1) != y.shape:
             raise GoodfitError(
                 f"The model must return one number per target of shape {tuple(y.shape)}, got {tuple(outputs.shape)}."
             )
         y = y.reshape(outputs.shape)
-    return F.mse_loss(outputs, y)
+    return F.mse_loss(outputs, y.to(outputs.dtype))
 
 
-def _cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
-    if not y.is_floating_point():
-        y = y.to(torch.int64)
-        if outputs.ndim < 2:
-            raise GoodfitError(f"The model must return one score per class, (rows, classes), got {tuple(outputs.shape)}.")
+def _cross_entropy(outputs: Any, y: Tensor) -> Tensor:
+    _refuse_others(outputs)
+    shape = tuple(outputs.shape)
+    if outputs.ndim < 2 or shape[1] < 2:
+        raise GoodfitError(
+            f"The model must return one score per class, (rows, classes), got {shape}; for one score between two classes "
+            "give loss=, such as binary_cross_entropy_with_logits with targets of that shape."
+        )
+    each = (shape[0], *shape[2:])
+    if y.is_floating_point():
+        expected, y = shape, y.to(outputs.dtype)
+    else:
+        expected, y = each, (y.squeeze(1) if y.shape == (*each, 1) and len(each) == 1 else y).to(torch.int64)
+    if y.shape != expected:
+        raise GoodfitError(f"Class targets must have shape {each}, or {shape} as probabilities, got {tuple(y.shape)}.")
     return F.cross_entropy(outputs, y)
+
+
+def _refuse_others(outputs: Any) -> None:
+    if not isinstance(outputs, Tensor):
+        raise GoodfitError(f"The model must return one tensor, got a {type(outputs).__name__}; give loss=f(outputs, y).")
 
 
 _LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {"classes": _cross_entropy, "numbers": _squared_error}

@@ -157,7 +157,11 @@ class Step(Regularizer):
 
     @abstractmethod
     def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
-        """Change `weights`; `lr` is the learning rate, `rate` the optimizer's step per unit of constant gradient."""
+        """Change `weights`; `lr` is the learning rate.
+
+        A proximal step gets the `rate`, the optimizer's step per unit of constant gradient, and as `lr` its reach: the
+        optimizer's step under a gradient of the size seen so far, inf for SGD.
+        """
 
 
 class Epoch(Regularizer):

@@ -32,6 +32,8 @@ class Plan:
         self.model, self.seed = model, seed
         self.clock = Clock()
         self.active = {f"{i}.{type(r).__name__}": r for i, r in enumerate(cocktail) if not r.off}
+        for one in self.active.values():
+            one.at(0)  # a schedule in epochs is refused here, not at the first step
         self.chosen: dict[str, list[str]] = {}
         self.states: dict[str, State] = {}
         self._waiting: Any = None
@@ -92,7 +94,7 @@ class Plan:
     def state_dict(self) -> dict[str, Tensor]:
         """All that must be remembered between two steps, as flat tensors."""
         flat = {f"{key}.{name}": t.clone() for key, state in self.states.items() for name, t in state.items()}
-        return {"step": torch.tensor(self.clock.step), **flat}
+        return {"step": torch.tensor(self.clock.step), "seed": torch.tensor(self.seed), **flat}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken."""
@@ -100,7 +102,13 @@ class Plan:
         if saved.keys() != expected.keys():
             odd = sorted(saved.keys() ^ expected.keys())
             raise GoodfitError(f"The state of another cocktail or model: {odd[0]!r} does not match; build the same run first.")
+        for name, now in expected.items():
+            if saved[name].shape != now.shape:
+                shapes = f"{tuple(now.shape)}, got {tuple(saved[name].shape)}"
+                raise GoodfitError(f"The state of another model: {name!r} must have shape {shapes}; build the same run first.")
+        if int(saved["seed"]) != self.seed:
+            raise GoodfitError(f"The state was saved under another seed: make the run with seed={int(saved['seed'])}.")
         for key, state in self.states.items():
-            self.states[key] = {name: saved[f"{key}.{name}"].clone() for name in state}
+            self.states[key] = {name: torch.empty_like(t).copy_(saved[f"{key}.{name}"]) for name, t in state.items()}
         self.clock.step = int(saved["step"])
         self._tune()

@@ -1,8 +1,12 @@
-"""The optimizer's rate per weight: how far one step moves a weight per unit of constant gradient.
+"""The optimizer's rate per weight: how far one step moves a weight per unit of constant gradient; and its reach.
 
 A proximal step with threshold lam · rate has the optimum of the penalised objective as its fixed point: where the
 optimizer rests, its update is rate · g with |g| <= lam on the zeros and g = -lam · sign(w) elsewhere. With lr in place of
 the rate that holds for plain SGD alone (docs/design.md has the derivation and the numbers).
+
+The reach is the step under a gradient of the size that the weight has seen so far: the learning rate for the Adam family,
+without bound for SGD, whose rate does not depend on that size. A cap of 10 · reach leaves the fixed points where they are
+and spares weights that have seen no gradient yet, whose rate is lr/eps.
 
 All formulas are branch-free on tensors and never ask for a number back (no `.item()`).
 """
@@ -21,53 +25,57 @@ from goodfit.errors import GoodfitError
 __all__ = ["formula_of", "rate_of"]
 
 Group = dict[str, Any]
-Formula = Callable[[Group, dict[str, Any], Tensor], Tensor]
+Formula = Callable[[Group, dict[str, Any]], tuple[Tensor, Tensor]]
 
 
-def _scalar(value: Any, p: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=p.dtype, device=p.device)
+def _scalar(value: Any) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64)  # beta2 ** step is 1 in bfloat16; () does not promote a weight
 
 
-def _sgd(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
-    lr, m = _scalar(group["lr"], p), group["momentum"]
-    return lr * (1 - group["dampening"]) / (1 - m) if m else lr
+def _sgd(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    lr, m = _scalar(group["lr"]), group["momentum"]
+    return lr * (1 - group["dampening"]) / (1 - m) if m else lr, torch.full_like(lr, torch.inf)
 
 
-def _adam(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
+def _adam(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    lr = _scalar(group["lr"])
     second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-    correction = 1 - group["betas"][1] ** _scalar(state["step"], p)
-    return _scalar(group["lr"], p) / ((second / correction).sqrt() + group["eps"])
+    correction = 1 - group["betas"][1] ** _scalar(state["step"])
+    return lr / ((second / correction).sqrt() + group["eps"]), lr
 
 
-def _rmsprop(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
-    second = state["square_avg"]
-    if group["centered"]:
-        second = (second - state["grad_avg"] ** 2).clamp(min=0)
-    return _scalar(group["lr"], p) / (1 - group["momentum"]) / (second.sqrt() + group["eps"])
+def _rmsprop(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    lr = _scalar(group["lr"]) / (1 - group["momentum"])
+    size = state["square_avg"].sqrt() + group["eps"]
+    if not group["centered"]:
+        return lr / size, lr
+    spread = (state["square_avg"] - state["grad_avg"] ** 2).clamp(min=0).sqrt() + group["eps"]
+    return lr / spread, lr * (size / spread)
 
 
-def _adagrad(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
-    lr = _scalar(group["lr"], p) / (1 + (_scalar(state["step"], p) - 1) * group["lr_decay"])
-    return lr / (state["sum"].sqrt() + group["eps"])
+def _adagrad(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    lr = _scalar(group["lr"]) / (1 + (_scalar(state["step"]) - 1) * group["lr_decay"])
+    return lr / (state["sum"].sqrt() + group["eps"]), lr
 
 
-def _adamax(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
-    return _scalar(group["lr"], p) / state["exp_inf"]
+def _adamax(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    lr = _scalar(group["lr"])
+    return lr / state["exp_inf"], lr
 
 
-def _radam(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
-    lr, beta, step = _scalar(group["lr"], p), group["betas"][1], _scalar(state["step"], p)
+def _radam(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    lr, beta, step = _scalar(group["lr"]), group["betas"][1], _scalar(state["step"])
     longest = 2 / (1 - beta) - 1
     correction = 1 - beta**step
     length = longest - 2 * step * beta**step / correction
     share = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
     rectified = lr * share.clamp(min=0).sqrt() * correction.sqrt() / (state["exp_avg_sq"].sqrt() + group["eps"])
-    return torch.where(length > 5, rectified, lr)
+    return torch.where(length > 5, rectified, lr.to(rectified.dtype)), lr
 
 
-def _adadelta(group: Group, state: dict[str, Any], p: Tensor) -> Tensor:
-    eps = group["eps"]
-    return _scalar(group["lr"], p) * (state["acc_delta"] + eps).sqrt() / (state["square_avg"] + eps).sqrt()
+def _adadelta(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    reach = _scalar(group["lr"]) * (state["acc_delta"] + group["eps"]).sqrt()
+    return reach / (state["square_avg"] + group["eps"]).sqrt(), reach
 
 
 _FORMULAS: dict[type[optim.Optimizer], Formula] = {
@@ -99,6 +107,6 @@ def formula_of(optimizer: optim.Optimizer) -> Formula:
     )
 
 
-def rate_of(optimizer: optim.Optimizer, group: Group, p: Tensor) -> Tensor:
-    """The rate of parameter `p` of `group` after a step: of p's shape, or () where all its weights share one."""
-    return formula_of(optimizer)(group, optimizer.state[p], p)
+def rate_of(optimizer: optim.Optimizer, group: Group, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Rate and reach of parameter `p` of `group` after a step: of p's shape, or () where all its weights share one."""
+    return formula_of(optimizer)(group, optimizer.state[p])

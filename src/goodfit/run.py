@@ -61,18 +61,20 @@ class Run:
         self._beside = Beside(self._plan)
         self._attached = self._heard = False
         self._seen: set[str] = set()
+        self._draws = (-1, 0, 0)
         self._micro: list[tuple[Any, Tensor]] = []
 
     def batch(self, x: Any, y: Tensor) -> tuple[Any, Tensor]:
         """Batch regularizers on one batch; y must hold probabilities or reals where there is one."""
         self._plan.build_if_waiting(x)
+        call = self._micro_batch()
         for key, one in self._plan.of(Batch):
             if not y.is_floating_point():
                 raise GoodfitError(
                     f"{type(one).__name__} needs y as probabilities or reals, got {y.dtype} of shape {tuple(y.shape)}; "
                     "for classes: y = torch.nn.functional.one_hot(y, n_classes).to(x.dtype)."
                 )
-            x, y = one.batch(x, y, Noise(self._plan.seed, key, self._plan.clock.step, len(self._micro), rank()))
+            x, y = one.batch(x, y, Noise(self._plan.seed, key, self._plan.clock.step, call, rank()))
         self._seen.add("batch")
         return x, y
 
@@ -93,12 +95,18 @@ class Run:
     def gradient(self, optimizer: Optimizer) -> None:
         """Penalties and Gradient regularizers on `.grad`, then decoupled decay: call it between backward and step."""
         self._refuse_attached("gradient")
+        if "gradient" in self._seen and "step" not in self._seen:
+            raise GoodfitError("run.step was not called in the step before; call run.step(optimizer) behind optimizer.step().")
         self.before_step(optimizer, None)
+        self._seen.add("gradient")
 
     def step(self, optimizer: Optimizer) -> None:
         """Proximal and other steps after the optimizer's: call it behind `optimizer.step()`."""
         self._refuse_attached("step")
+        if not self._beside.awaits(optimizer):
+            raise GoodfitError("run.step needs run.gradient before it; call run.gradient(optimizer) ahead of optimizer.step().")
         self.after_step(optimizer)
+        self._seen.add("step")
 
     def epoch(self, score: float | Tensor, *, train_loss: float | None = None, stderr: float | None = None) -> bool:
         """Tell the validation score of an epoch; whether to go on. Lower is better unless mode="max" was said."""
@@ -124,12 +132,17 @@ class Run:
 
     def attach(self, *optimizers: Optimizer) -> Run:
         """Put `gradient` and `step` on the optimizers' hooks, for any loop; refuses what hooks cannot serve."""
-        for optimizer in optimizers:
-            if any(optimizer is known for known in self._beside.optimizers):
-                raise GoodfitError(f"This {type(optimizer).__name__} is attached already.")
-            self._beside.meet(optimizer)
-        if not self._plan.waiting:
-            self._beside.cover()
+        known = list(self._beside.optimizers)
+        try:
+            for optimizer in optimizers:
+                if any(optimizer is one for one in self._beside.optimizers):
+                    raise GoodfitError(f"This {type(optimizer).__name__} is attached already.")
+                self._beside.meet(optimizer)
+            if not self._plan.waiting:
+                self._beside.cover()
+        except GoodfitError:
+            self._beside.optimizers = known  # a refused one must not keep the time of the next
+            raise
         for optimizer in optimizers:
             hook(self, optimizer)
         self._attached = True
@@ -137,11 +150,12 @@ class Run:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a run must remember between two steps, as flat tensors; `load_state_dict` takes it back."""
-        return self._plan.state_dict()
+        return {"heard": torch.tensor(self._heard), **self._plan.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken, on a run of the same cocktail and a model of the same weights."""
-        self._plan.load_state_dict(saved)
+        self._plan.load_state_dict({name: t for name, t in saved.items() if name != "heard"})
+        self._heard = bool(saved.get("heard", False))
 
     def states(self, kind: type[Any]) -> list[tuple[Any, State]]:
         """The active regularizers of one kind with their states."""
@@ -169,6 +183,12 @@ class Run:
         torch.autograd.backward(self.loss(*batch))
         self._micro[:] = [batch]
 
+    def _micro_batch(self) -> int:
+        """Which batch of this step this is; a second gradient counts them once more."""
+        now = (self._plan.clock.step, self._plan.clock.passes)
+        self._draws = (*now, self._draws[2] + 1 if self._draws[:2] == now else 0)
+        return self._draws[2]
+
     def _refuse_attached(self, call: str) -> None:
         if self._attached:
             raise GoodfitError(f"run.{call} acts by itself since run.attach(optimizer); remove the call.")
@@ -186,13 +206,14 @@ class Run:
             if one.twice and redo is None and len(self._micro) != 1:
                 raise GoodfitError(
                     f"{type(one).__name__} needs a second gradient, which takes one run.loss(x, y) per step (seen: "
-                    f"{len(self._micro)}) or a closure; add: loss = run.loss(x, y), or optimizer.step(closure)"
+                    f"{len(self._micro)}) or a closure; add: loss = run.loss(x, y), or optimizer.step(closure)."
                 )
-        if self._plan.clock.step == 0:
+        if "ready" not in self._seen:
             for phase, call, line in ((Batch, "batch", "x, y = run.batch(x, y)"), (Loss, "loss", "loss = run.loss(x, y)")):
                 for _, one in self._plan.of(phase):
                     if call not in self._seen:
                         raise GoodfitError(f"{type(one).__name__} acts in run.{call}, which was not called; add: {line}")
+            self._seen.add("ready")
 
 
 def _number(value: float | Tensor) -> Tensor:

@@ -48,13 +48,13 @@ class L1(Step):
 
     Formula: J(w) = loss + lam · Σ |w|; after the optimizer's step w ← sign(w) · max(|w| − θ, 0) with the threshold
         θ = min(lam · rate, 10 · lr). The rate is the optimizer's own per weight (lr/(1−momentum) for SGD, lr/(√v̂+ε) for
-        Adam, …), so lam means the same under each of them.
+        Adam, …), so lam means the same under each of them; lr is its reach (the learning rate for Adam, inf for SGD).
     Phase: Step, proximal; weights of any shape → the same shapes.
     Numbers: lam, per unit of loss and weight, >= 0, off at 0.
     Errors: lam < 0; a selector that matches no weight; an optimizer whose rate is not known, by name.
     Source: Tibshirani 1996, Regression shrinkage and selection via the lasso; Parikh and Boyd 2014, Proximal algorithms.
-        Ours differs by the rate (plain lam · lr has another optimum under momentum and Adam) and by the cap of 10 · lr,
-        which has the same fixed points and spares weights that have not seen a gradient yet.
+        Ours differs by the rate (plain lam · lr has another optimum under momentum and Adam) and by the cap, which has
+        the same fixed points and spares weights that have not seen a gradient yet.
 
     >>> w, unit = torch.tensor([0.05, -0.3, 1.0]), torch.tensor(1.0)
     >>> L1(0.1).step({"w": w}, lr={"w": unit}, rate={"w": unit}, state={})[0]["w"]
