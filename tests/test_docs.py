@@ -1,0 +1,53 @@
+"""What the pages say is true: README blocks run, names are documented, the version has an entry."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import goodfit as gf
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    blocks = re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert [name for name, _ in blocks] == ["loop", "text", "fit", "stopping"]
+    world: dict[str, object] = {}
+    for name, block in blocks:
+        exec(compile(block, f"README.md:{name}", "exec"), world)
+    printed = capsys.readouterr().out
+    assert "no improvement by more than 0.001 in 5 checks: best" in printed
+
+
+def test_every_public_name_stands_on_a_page() -> None:
+    pages = README + (ROOT / "docs" / "design.md").read_text() + (ROOT / "CHANGELOG.md").read_text()
+    assert [name for name in dir(gf) if name not in pages] == []
+    assert len(dir(gf)) < 60
+
+
+def test_the_version_has_an_entry() -> None:
+    assert f"## [{gf.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_unknown_name_is_an_attribute_error_with_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="did you mean Dropout"):
+        gf.Dropuot
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(gf.__path__, "goodfit.") if "__main__" not in m.name])
+def test_examples_in_docstrings_run(name: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    with warnings.catch_warnings():
+        module = importlib.import_module(name)
+        globs = {"torch": torch, "nn": torch.nn, **vars(module)}
+        assert doctest.testmod(module, extraglobs=globs).failed == 0
