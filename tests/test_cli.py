@@ -20,7 +20,7 @@ Outcome = tuple[int, str, str]
 FAST = ("--epochs", "3", "--cocktail", "BatchNorm(), Dropout(0.2), L1(1e-3), EarlyStopping(20)")
 
 
-@pytest.fixture()
+@pytest.fixture
 def goodfit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Outcome]:
     """Run the command in an empty folder: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def test_fit_writes_a_whole_run_folder_and_says_what_it_did(goodfit: Callable[..
         "history.json", "preprocessing.json", "report.html", "report.json", "run.json", "test_predictions.csv",
         "weights.safetensors",
     ]  # fmt: skip
-    assert [line.split()[0] for line in out.splitlines()] == ["train", "valid", "test", "run"]
+    assert [line.split()[0] for line in out.splitlines()] == ["train", "valid", "test", "valid,", "run"]
     assert "column id: a different text in every row, like an identifier: left out" in err
     assert "column same: constant: left out" in err
     assert "split: train 72, valid 24, test 24 rows" in err

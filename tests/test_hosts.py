@@ -12,9 +12,9 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Blur
 
 import goodfit as gf
+from toys import Blur
 
 DRAW = torch.Generator().manual_seed(5)
 X = torch.randn(32, 3, generator=DRAW)

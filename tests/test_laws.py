@@ -11,7 +11,6 @@ import math
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from toys import TOYS
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -22,6 +21,7 @@ from goodfit.noise import Noise
 from goodfit.phases import Batch, Build, Epoch, Finish, Gradient, Loss, Penalty, Regularizer, Report, Step, phases_of
 from goodfit.regularizers import catalogue
 from goodfit.run import Run
+from toys import TOYS
 
 ALL = {**catalogue(), **TOYS}
 every = pytest.mark.parametrize("kind", ALL.values(), ids=ALL)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from toys import Blur, Clip, Flood, Mean, Quartic, Uphill
 
 import goodfit as gf
 from goodfit.schedules import linear
+from toys import Blur, Clip, Flood, Mean, Quartic, Uphill
 
 DRAW = torch.Generator().manual_seed(5)
 X = torch.randn(24, 3, generator=DRAW, dtype=torch.float64)

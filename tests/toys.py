@@ -1,4 +1,4 @@
-"""A toy regularizer for each phase that the package does not fill yet, so that the laws and the loop are tested on all eight."""
+"""A toy regularizer for each phase that the package does not fill yet, so that laws and loop are tested on all eight."""
 
 from __future__ import annotations
 

@@ -79,8 +79,9 @@ def fit(
     )
     folder = out if out is not None else _free(data)
     report = fit_table(data, target, folder, settings, _tell)
-    for part, scores in report["scores"]["regularized"].items():
-        typer.echo(f"{part:6}" + "".join(f"  {name} {value:.4g}" for name, value in scores.items()))
+    told = {**report["scores"]["regularized"], "valid, bare network": report["scores"]["bare"].get("valid", {})}
+    for part, scores in told.items():
+        typer.echo(f"{part:20}" + "".join(f"  {name} {value:.4g}" for name, value in scores.items()))
     typer.echo(f"run folder {_printable(str(folder))}, report {_printable(str(folder / 'report.html'))}")
 
 
@@ -109,9 +110,11 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder that goodfit f
 @app.command("list")
 def list_() -> None:
     """Show every regularizer: phases, numbers, ranges, source."""
+    from shutil import get_terminal_size
+
     from goodfit.manual import lines
 
-    for line in lines():
+    for line in lines(max(60, get_terminal_size((100, 24)).columns)):
         typer.echo(line)
 
 

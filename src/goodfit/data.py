@@ -2,77 +2,103 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from operator import itemgetter
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from goodfit.errors import GoodfitError
 from goodfit.noise import Noise
 
-__all__ = ["Batches", "batches_of", "mapped", "peek", "to_device"]
+__all__ = ["Batches", "Order", "batches_of", "mapped", "peek", "to_device"]
 
 
-class Batches:
-    """Batches (x, y) of a pair of tensors, by index, without a per-sample collate.
+class Order:
+    """Which rows each batch of an epoch holds, as index tensors.
 
-    x may be a tensor, or a dict or tuple of tensors, with the rows on axis 0. With `shuffle` the order of an epoch is a
-    pure function of (seed, epoch). A last batch of one row joins the batch before it: a batch norm cannot take it.
+    With `shuffle` the order of an epoch is a pure function of (seed, epoch). A last batch of one row joins the batch
+    before it: a batch norm cannot take it.
     """
 
-    def __init__(self, x: Any, y: Tensor, size: int, *, shuffle: bool = False, seed: int = 0) -> None:
-        self.x, self.y, self.size, self.shuffle, self.seed = x, y, size, shuffle, seed
+    def __init__(self, rows: int, size: int, *, shuffle: bool = False, seed: int = 0) -> None:
+        self.rows, self.size, self.shuffle, self.seed = rows, size, shuffle, seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self._bounds())
+        full, rest = divmod(self.rows, self.size)
+        return full + (rest > 1 or (rest == 1 and full == 0))
 
-    def _bounds(self) -> list[tuple[int, int]]:
-        n = len(self.y)
-        starts = list(range(0, n, self.size))
-        if len(starts) > 1 and n % self.size == 1:
-            starts.pop()
-        return list(zip(starts, [*starts[1:], n], strict=True))
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        order = None
+    def __iter__(self) -> Iterator[Any]:
+        rows = torch.arange(self.rows)
         if self.shuffle:
             self.epoch += 1
-            generator = Noise(self.seed, "order", self.epoch).generator()
-            order = torch.randperm(len(self.y), generator=generator).to(self.y.device)
-        for start, stop in self._bounds():
-            index = slice(start, stop) if order is None else order[start:stop]
-            yield mapped(self.x, itemgetter(index)), self.y[index]
+            rows = torch.randperm(self.rows, generator=Noise(self.seed, "order", self.epoch).generator())
+        for i in range(len(self)):
+            yield rows[i * self.size : (i + 1) * self.size if i + 1 < len(self) else None]
+
+
+class _Rows(Order):
+    """The same as lists, which a DataLoader can hand to a Dataset."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (rows.tolist() for rows in super().__iter__())
+
+
+class Batches:
+    """Batches (x, y) of tensors, by index: no sample is copied alone, and no batch shares memory with the data.
+
+    x may be a tensor, or a dict or tuple of tensors, with the rows on axis 0.
+    """
+
+    def __init__(self, x: Any, y: Tensor, order: Order) -> None:
+        self.x, self.y, self.order = x, y, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        for index in self.order:
+            yield mapped(self.x, partial(_taken, index)), _taken(index, self.y)
 
 
 def batches_of(data: Any, name: str, size: int, *, shuffle: bool, seed: int) -> Any:
     """Something to iterate for (x, y) batches; `name` is what an error calls the data."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise GoodfitError(f"batch_size must be an integer >= 1, got batch_size={size!r}.")
     if isinstance(data, DataLoader | Batches):
         return _counted(data, name)
-    if isinstance(data, TensorDataset):
+    if isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size=size)
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
         data = data.tensors
     if isinstance(data, Dataset):
-        generator = Noise(seed, "order").generator()
-        return _counted(DataLoader(data, batch_size=size, shuffle=shuffle, generator=generator), name)
+        rows = _Rows(len(data), size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        return DataLoader(data, batch_sampler=_counted(rows, name))
     if not (isinstance(data, tuple | list) and len(data) == 2):
-        raise GoodfitError(
-            f"{name} must be a DataLoader, a Dataset or a pair (x, y) of tensors or arrays, got {type(data).__name__}."
-        )
-    x, y = mapped(data[0], _tensor), _tensor(data[1])
-    rows = {len(t) for t in _leaves(x)} | {len(y)}
-    if len(rows) != 1:
-        raise GoodfitError(f"{name} must have as many rows in x as in y, got {sorted(rows)}.")
-    return _counted(Batches(x, y, size, shuffle=shuffle, seed=seed), name)
+        shown = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list | dict) else type(data).__name__
+        raise GoodfitError(f"{name} must be a DataLoader, a Dataset or a pair (x, y) of tensors or arrays, got {shown}.")
+    x, y = mapped(data[0], lambda values: _tensor(values, name)), _tensor(data[1], name)
+    lengths = {len(t) if t.ndim else 0 for t in (*_leaves(x), y)}
+    if len(lengths) != 1:
+        raise GoodfitError(f"{name} must have as many rows in x as in y, got {sorted(lengths)}.")
+    return _counted(Batches(x, y, Order(len(y), size, shuffle=shuffle, seed=seed)), name)
 
 
 def peek(batches: Any) -> Any:
-    """The first batch, as an example; an epoch of `Batches` does not count for it."""
-    plain = Batches(batches.x, batches.y, batches.size) if isinstance(batches, Batches) else batches
-    return next(iter(plain))
+    """The first batch, as an example; an order made here does not count it as an epoch."""
+    order = batches.order if isinstance(batches, Batches) else getattr(batches, "batch_sampler", None)
+    epoch = getattr(order, "epoch", 0)
+    first = next(iter(batches), None)
+    if first is None:
+        raise GoodfitError("train has no rows; give at least one batch.")
+    if isinstance(order, Order):
+        order.epoch = epoch
+    return first
 
 
 def to_device(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
@@ -80,6 +106,10 @@ def to_device(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         shown = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list | dict) else type(batch).__name__
         raise GoodfitError(f"A batch must be a pair (x, y), got a {shown}.")
+    if not isinstance(batch[1], Tensor):
+        raise GoodfitError(
+            f"The y of a batch must be a tensor, got a {type(batch[1]).__name__}; return (x, y) from the dataset."
+        )
     x = tuple(batch[0]) if isinstance(batch[0], list) else batch[0]
     return mapped(x, lambda t: t.to(device, non_blocking=True)), batch[1].to(device, non_blocking=True)
 
@@ -91,21 +121,33 @@ def mapped(x: Any, f: Callable[[Any], Any]) -> Any:
     return tuple(mapped(v, f) for v in x) if isinstance(x, tuple) else f(x)
 
 
+def _taken(index: Tensor, t: Tensor) -> Tensor:
+    return t[index.to(t.device)]
+
+
 def _leaves(x: Any) -> list[Tensor]:
     found: list[Tensor] = []
     mapped(x, found.append)
     return found
 
 
-def _tensor(values: Any) -> Tensor:
+def _tensor(values: Any, name: str) -> Tensor:
+    """Numbers as a tensor, without a copy where torch can read the memory (a read-only memory map, say)."""
     if isinstance(values, Tensor):
         return values
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
     if array.dtype.kind not in "biuf":
-        raise GoodfitError(f"Arrays must hold numbers, got dtype {array.dtype}; encode them first.")
-    if array.dtype == np.float64:
-        array = array.astype(torch.empty(0).numpy().dtype)
-    return torch.as_tensor(array if array.flags.writeable else array.copy())
+        raise GoodfitError(f"{name} must hold numbers, in rows of one length, got dtype {array.dtype}; encode them first.")
+    if array.dtype.kind == "f" and array.dtype.itemsize >= 8:
+        array = array.astype(torch.empty(0).numpy().dtype, copy=False)
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes: batches are copies
+        return torch.from_numpy(array)
 
 
 def _counted(batches: Any, name: str) -> Any:

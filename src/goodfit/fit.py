@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import LBFGS, AdamW, Optimizer
 
 from goodfit.cocktail import Cocktail
 from goodfit.data import batches_of, peek, to_device
 from goodfit.errors import GoodfitError
 from goodfit.hyper import hypers
+from goodfit.loop import LossFunction, Prepare, evaluate, train_epochs
 from goodfit.losses import loss_of, task_of
 from goodfit.phases import Batch, Regularizer
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.schedules import Schedule
-from goodfit.surgery.trace import call_model, evaluating
+from goodfit.surgery.trace import call_model, evaluating, training as training_mode
 
-__all__ = ["Fit", "evaluate", "fit"]
+__all__ = ["Fit", "fit"]
 
-LossFunction = Callable[[Any, Tensor], Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -81,104 +80,53 @@ def fit(
     with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
         torch.manual_seed(seed)
         x, y = to_device(peek(training), home)
-        measure = loss or loss_of(task or task_of(y))
-        mix = _in_steps(Cocktail(cocktail) if isinstance(cocktail, Regularizer) else cocktail, training)
+        kind = task if task is not None else "" if loss is not None else task_of(y)
+        measure = _averaged(loss or loss_of(kind))
+        mix = _in_steps(Cocktail(cocktail) if isinstance(cocktail, Regularizer) else Cocktail(*cocktail), training)
         _refuse_maximizing(mix)
         run = Run(mix, model, loss=measure, example=x, seed=seed)
-        classes = _classes(model, x, y) if any(isinstance(one, Batch) and not one.off for one in mix) else None
+        prepare = _as_reals(mix, kind, model, x, y)
         chosen = _optimizer(optimizer, model)
-        run.attach(chosen)
-        if not model.training:
-            model.train()
-        with Progress(epochs, "fit", progress) as bar:
-            history, why = _epochs(run, chosen, training, validation, measure, classes, epochs, bar)
+        with training_mode(model), Progress(epochs, "fit", progress) as bar:
+            history, why = train_epochs(run, chosen, training, validation, measure, prepare, epochs, bar)
         run.finish()
         score = evaluate(model, validation, measure)
     if not math.isfinite(score):
         raise GoodfitError(
-            f"The validation loss must be finite, got {score} ({why or 'at the last epoch'}); lower the learning rate."
+            f"The validation loss must be finite, got {score} ({why or 'at the last epoch'}); lower the learning rate, "
+            "or look for nan in the data."
         )
     best = min(history, key=lambda row: row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf)
     return Fit(model, history, why, score, best["epoch"])
 
 
-def _epochs(
-    run: Run,
-    optimizer: Optimizer,
-    training: Any,
-    validation: Any,
-    measure: LossFunction,
-    classes: int | None,
-    epochs: int,
-    bar: Progress,
-) -> tuple[list[dict[str, Any]], str]:
-    history: list[dict[str, Any]] = []
-    best = math.inf
-    try:
-        for epoch in range(1, epochs + 1):
-            started = time.perf_counter()
-            train_loss = _train(run, optimizer, training, classes)
-            score = evaluate(run.model, validation, measure)
-            go_on = run.epoch(score, train_loss=train_loss)
-            best = min(best, score) if math.isfinite(score) else best
-            left = [one.patience_left(state) for one, state in run.states(EarlyStopping)]
-            row = {"epoch": epoch, "train_loss": train_loss, "valid_loss": score, "penalty": run.penalty(), "best": best}
-            history.append(row | {"patience_left": min(left, default=None), "seconds": time.perf_counter() - started})
-            bar.tell(history[-1])
-            if not go_on:
-                return history, run.stopped
-            if not math.isfinite(train_loss):
-                return history, f"the training loss became {train_loss} in epoch {epoch}"
-    except KeyboardInterrupt:
-        if not history:
-            raise
-        return history, f"interrupted in epoch {len(history) + 1}"
-    return history, ""
-
-
-def _train(run: Run, optimizer: Optimizer, training: Any, classes: int | None) -> float:
-    """One epoch; the mean loss over its rows, as it was during the epoch."""
-    home = next(run.model.parameters()).device
-    total, rows = torch.zeros((), dtype=torch.float64, device=home), 0
-    for batch in training:
-        x, y = to_device(batch, home)
-        if classes is not None and not y.is_floating_point():
-            y = nn.functional.one_hot(y, classes).to(torch.get_default_dtype())
-        optimizer.zero_grad()
-        x, y = run.batch(x, y)
-        loss = run.loss(x, y)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        total += loss.detach() * len(y)
-        rows += len(y)
-    return float(total / rows)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Any, measure: LossFunction) -> float:
-    """The mean of `measure` over the rows, in eval mode; every submodule gets its own mode back."""
-    home = next(model.parameters()).device
-    total, rows = torch.zeros((), dtype=torch.float64, device=home), 0
-    with evaluating(model):
-        for batch in batches:
-            x, y = to_device(batch, home)
-            total += measure(call_model(model, x), y).double() * len(y)
-            rows += len(y)
-    return float(total / rows)
-
-
 def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
-    if isinstance(given, Optimizer):
-        return given
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise GoodfitError(f"{type(model).__name__} has no trainable parameter; unfreeze some.")
-    return given(parameters) if given is not None else AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    if given is None:
+        return AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)
+    made = given if isinstance(given, Optimizer) else given(list(parameters.values())) if callable(given) else given
+    if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
+        raise GoodfitError(
+            f"optimizer must be one that steps without a closure, or a function from parameters to one, got {made!r}."
+        )
+    held = {id(p) for group in made.param_groups for p in group["params"]}
+    for name, p in parameters.items():
+        if id(p) not in held:
+            raise GoodfitError(
+                f"The optimizer lacks the trainable parameter {name}; give fit a function that makes it from the parameters, "
+                "as in optimizer=lambda parameters: SGD(parameters, lr=0.1), or freeze the parameter."
+            )
+    return made
 
 
 def _in_steps(cocktail: Cocktail, training: Any) -> Cocktail:
     """The cocktail with all schedules in steps: a fit knows how many an epoch has."""
-    steps = len(training) if hasattr(training, "__len__") else None
+    try:
+        steps = len(training)
+    except TypeError:  # an iterable dataset has no length
+        steps = None
 
     def resolved(one: Regularizer) -> Regularizer:
         moving = {name: getattr(one, name) for name, _ in hypers(one) if isinstance(getattr(one, name), Schedule)}
@@ -193,9 +141,32 @@ def _refuse_maximizing(cocktail: Cocktail) -> None:
             raise GoodfitError(f"fit scores by the validation loss, where lower is better, got {one}; leave mode out.")
 
 
-def _classes(model: nn.Module, x: Any, y: Tensor) -> int | None:
-    """How many classes the model tells apart, for targets that a Batch regularizer must mix."""
-    if y.is_floating_point():
+def _as_reals(cocktail: Cocktail, kind: str, model: nn.Module, x: Any, y: Tensor) -> Prepare | None:
+    """What makes whole targets mixable for a Batch regularizer: reals, or probabilities over the classes of the model."""
+    if y.is_floating_point() or not any(cocktail.of(Batch)):
         return None
+    if kind == "numbers":
+        return lambda y: y.to(torch.get_default_dtype())
     with torch.no_grad(), evaluating(model):
-        return int(call_model(model, x).shape[1])
+        outputs = call_model(model, x)
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+        raise GoodfitError("A cocktail that mixes class targets needs a model that returns scores (rows, classes).")
+
+    def one_hot(y: Tensor) -> Tensor:
+        y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
+        return nn.functional.one_hot(y.to(torch.int64), outputs.shape[1]).movedim(-1, 1).to(outputs.dtype)
+
+    return one_hot
+
+
+def _averaged(measure: LossFunction) -> LossFunction:
+    """The loss function, refusing what is not one number."""
+
+    def checked(outputs: Any, y: Tensor) -> Tensor:
+        value = measure(outputs, y)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise GoodfitError(f"loss(outputs, y) must return a tensor of one number, the mean over the rows, got {shown}.")
+        return value
+
+    return checked

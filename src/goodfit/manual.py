@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from textwrap import wrap
 
 from goodfit.hyper import Hyper, hypers
 from goodfit.phases import phases_of
@@ -14,8 +15,14 @@ from goodfit.regularizers import catalogue
 __all__ = ["lines"]
 
 
-def lines() -> Iterator[str]:
-    """The manual of all regularizers, a few lines each."""
+def lines(width: int = 100) -> Iterator[str]:
+    """The manual of all regularizers, a few lines each, none longer than `width`."""
+    for line in _lines():
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        yield from wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+
+
+def _lines() -> Iterator[str]:
     for name, kind in catalogue().items():
         text = inspect.getdoc(kind) or ""
         yield f"{name}  [{', '.join(phases_of(kind))}]  {text.splitlines()[0] if text else ''}"

@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hyper import hyper
@@ -26,7 +27,8 @@ class BatchNorm(Build):
     Formula: y = γ · (x − mean) / √(var + eps) + β, with mean and variance of the batch in training and running ones in
         eval: running ← (1 − momentum) · running + momentum · batch.
     Phase: Build, true structure. The layer is torch's BatchNorm1d, 2d or 3d by the rank of what flows there: (N, C),
-        (N, C, L), (N, C, H, W), (N, C, D, H, W). It is inserted where a layer's output goes straight into an activation.
+        (N, C, L), (N, C, H, W), (N, C, D, H, W). It is inserted where a layer's output goes straight into an activation,
+        not where a norm stands before or behind that activation already, not after the last layer.
     Numbers: momentum, share of the new batch, in [0, 1]; eps, variance units, > 0; affine, whether γ and β are learned;
         track_running_stats, else eval normalizes by its batch too. No off value: a norm is there or not.
     Errors: numbers outside their range; a model without a place for it; a bare leaf, a DDP or compiled wrapper. A linear
@@ -46,21 +48,20 @@ class BatchNorm(Build):
 
     def build(self, model: nn.Module, example: Any) -> nn.Module:
         refuse_wrappers(model, "BatchNorm")
-        places = _places(flow(model, example))
-        for call in places:
-            assert call.module is not None
-            insert_after(call.module, "batchnorm", self._layer(call))
-        if not places:
+        layers = [(host, self._layer(host, output)) for host, output in _places(flow(model, example))]
+        if not layers:
             raise GoodfitError(
                 f"BatchNorm found no linear or convolution in {type(model).__name__} whose output goes straight into an "
-                "activation: it is normalized already, or has no such place; leave BatchNorm out of the cocktail."
+                "activation, with another layer behind it and no norm; leave BatchNorm out of the cocktail."
             )
+        for host, layer in layers:
+            insert_after(host, "batchnorm", layer)
         return model
 
-    def _layer(self, call: Call) -> nn.Module:
-        weight = next(call.module.parameters()) if call.module is not None else call.output
-        layer = _BY_RANK[call.output.ndim](
-            call.output.shape[1],
+    def _layer(self, host: nn.Module, output: Tensor) -> nn.Module:
+        weight = next(host.parameters())
+        layer = _BY_RANK[output.ndim](
+            output.shape[1],
             eps=self.eps,
             momentum=self.momentum,
             affine=self.affine,
@@ -69,29 +70,37 @@ class BatchNorm(Build):
         return layer.to(device=weight.device, dtype=weight.dtype)
 
 
-def _places(calls: list[Call]) -> list[Call]:
-    """One call per layer whose every use goes straight into an activation, with its channels on axis 1."""
+def _places(calls: list[Call]) -> list[tuple[nn.Module, Tensor]]:
+    """Layers whose every use goes straight into an activation, with their output, its channels on axis 1."""
     uses: dict[str, list[Call]] = {}
     for call in calls:
-        if call.kind == "kernel":
+        if isinstance(call.module, nn.Linear | nn.Bilinear | _ConvNd):
             uses.setdefault(call.name, []).append(call)
     places = []
     for name, used in uses.items():
-        if not all(_reaches_activation(c) for c in used):
+        module, shape = used[0].module, used[0].output.shape
+        if module is None or not all(_reaches_activation(c) for c in used):
             continue
-        first = used[0]
-        ranks = (2,) if isinstance(first.module, nn.Linear | nn.Bilinear) else tuple(_BY_RANK)
-        if first.output.ndim not in ranks:
+        rank = len(module.kernel_size) + 2 if isinstance(module, _ConvNd) else 2
+        if any(c.output.ndim != rank for c in used):
             warnings.warn(
-                f"BatchNorm leaves out {name}: its output of shape {tuple(first.output.shape)} has no channels on axis 1.",
+                f"BatchNorm leaves out {name}: its output of shape {tuple(shape)} is not a batch with channels on axis 1.",
                 GoodfitWarning,
                 stacklevel=4,
             )
         else:
-            places.append(first)
+            places.append((module, used[0].output))
     return places
 
 
 def _reaches_activation(call: Call) -> bool:
-    behind = [c for c in call.feeds if c.kind != "dropout"]
-    return bool(behind) and behind[0].kind == "activation"
+    """Whether the output goes straight into an activation that is not the last thing, and into no norm before or after."""
+    activations = [c for c in call.feeds if c.kind == "activation"]
+    normalized = any(c.kind == "norm" for a in activations for c in (*call.feeds, *a.feeds))
+    return not normalized and any(_goes_on(a, set()) for a in activations)
+
+
+def _goes_on(call: Call, seen: set[int]) -> bool:
+    """Whether a kernel layer comes behind."""
+    seen.add(id(call))
+    return any(c.kind == "kernel" or (id(c) not in seen and _goes_on(c, seen)) for c in call.reaches)

@@ -15,9 +15,11 @@ from goodfit.hyper import hyper
 from goodfit.noise import Clock, Noisy
 from goodfit.phases import Build
 from goodfit.surgery.insert import insert_after, insert_before, refuse_wrappers
-from goodfit.surgery.trace import NORMS, Call, flow
+from goodfit.surgery.trace import Call, flow
 
 __all__ = ["Dropout", "SeededDropout"]
+
+Insert = Callable[[nn.Module, str, nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class Dropout(Build):
 
     Formula: y = x · mask / (1 − p) with mask ~ Bernoulli(1 − p) in training; y = x in eval.
     Phase: Build. Where the model has dropout layers, their rate becomes p and nothing is inserted; else one is inserted
-        after each activation that a later linear or convolution follows, never straight before a norm, never after the
-        last layer. Shapes stay.
+        after each activation whose output comes to a later linear or convolution (for an activation that is a function or
+        gates something: before that layer), never on the way to a norm, never after the last layer. Shapes stay.
     Numbers: p, the probability of a zero, in [0, 1), off at 0 (for inserted layers).
-    Errors: p outside [0, 1); a model without a place for it; a bare leaf, a DDP or compiled wrapper.
+    Errors: p outside [0, 1); a model without a place for it, or one that drops by functions; a bare leaf, a DDP or
+        compiled wrapper.
     Source: Srivastava et al. 2014, Dropout: a simple way to prevent neural networks from overfitting. Inserted layers draw
         from (seed, layer, step) and not from torch's generator, so masks are the same after a resume.
 
@@ -45,14 +48,9 @@ class Dropout(Build):
     def build(self, model: nn.Module, example: Any) -> nn.Module:
         refuse_wrappers(model, "Dropout")
         if not any(isinstance(m, _DropoutNd) for m in model.modules()):
-            hosts = _places(flow(model, example))
-            if not hosts:
-                raise GoodfitError(
-                    f"Dropout found no activation with a layer behind it in {type(model).__name__}: "
-                    "put nn.Dropout where you want it, Dropout(p) then sets its rate."
-                )
-            for name, (host, insert) in hosts.items():
-                insert(host, "dropout", SeededDropout(f"{name}.dropout"))
+            for name, (host, insert) in _places(flow(model, example), type(model).__name__).items():
+                child = "inserted_dropout" if hasattr(host, "dropout") else "dropout"  # an LSTM has a number of that name
+                insert(host, child, SeededDropout(f"{name}.{child}"))
         self.tune(model)
         return model
 
@@ -62,20 +60,30 @@ class Dropout(Build):
                 layer.p = self.p
 
 
-def _places(calls: list[Call]) -> dict[str, tuple[nn.Module, Callable[[nn.Module, str, nn.Module], None]]]:
-    """Hosts by name: an activation module; for an activation that is a function, the layer that runs next."""
-    places: dict[str, tuple[nn.Module, Callable[[nn.Module, str, nn.Module], None]]] = {}
-    following = [next((c for c in calls[i:] if c.kind == "kernel"), None) for i in range(1, len(calls) + 1)]
-    open_ended = {id(c.module) for c, later in zip(calls, following, strict=True) if later is None}
-    for call, later in zip(calls, following, strict=True):
-        if call.kind != "activation" or later is None or later.module is None:
-            continue
-        if call.feeds and isinstance(call.feeds[0].module, NORMS):
-            continue
-        if call.module is not None and id(call.module) not in open_ended:
-            places[call.name] = (call.module, insert_after)
-        else:
-            places[later.name] = (later.module, insert_before)
+def _places(calls: list[Call], kind: str) -> dict[str, tuple[nn.Module, Insert]]:
+    """Hosts by name: an activation module; for an activation that is a function or a gate, the layers that it reaches."""
+    if any(c.kind == "dropout" for c in calls):
+        raise GoodfitError(
+            f"Dropout finds that {kind} drops by a function such as F.dropout, whose rate cannot be set from outside: "
+            "use nn.Dropout layers there, Dropout(p) then sets their rate."
+        )
+    activations = [c for c in calls if c.kind == "activation"]
+    usable = [c for c in activations if c.reached("kernel") and not c.reached("norm")]
+    unfit = {id(c.module) for c in activations if c not in usable or c.gate}
+    hosted = [c for c in usable if c.module is not None and id(c.module) not in unfit]
+    places: dict[str, tuple[nn.Module, Insert]] = {c.name: (c.module, insert_after) for c in hosted if c.module is not None}
+    covered = {id(k.module) for c in hosted for k in c.reached("kernel")}
+    reached = [k for c in usable if c not in hosted for k in c.reached("kernel")]
+    covered |= {id(c.module) for c in calls if c.kind == "kernel" and c not in reached}
+    for layer in reached:
+        attends = isinstance(layer.module, nn.MultiheadAttention)  # its query alone would be dropped
+        if layer.module is not None and id(layer.module) not in covered and isinstance(layer.source, Tensor) and not attends:
+            places[layer.name] = (layer.module, insert_before)
+    if not places:
+        raise GoodfitError(
+            f"Dropout found no activation with a layer behind it in {kind}: "
+            "put nn.Dropout where you want it, Dropout(p) then sets its rate."
+        )
     return places
 
 
@@ -110,7 +118,7 @@ class SeededDropout(Noisy, nn.Dropout):
         if not self.training:
             return x
         keep = self.draw(x.shape, x.device) >= self.rate
-        return torch.where(keep, x * (1 / (1 - self.rate)).to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device))
+        return torch.where(keep, x * (1 / (1 - self.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeededDropout:
         return self

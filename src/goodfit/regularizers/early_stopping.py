@@ -73,21 +73,25 @@ class EarlyStopping(Epoch, Finish):
             "best_check": torch.where(best, checks, state["best_check"]),
         }
         for name, tensor in _kept(weights, buffers):
-            new[name] = torch.where(best.to(tensor.device), tensor.detach(), state[name])
+            new[name] = torch.where(best.to(tensor.device), tensor.detach(), state[name].to(tensor.device))
         return ~((bad >= self.patience) & (checks > self.warmup)), new
 
     def finish(self, weights: Weights, buffers: Weights, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         found = (state["best_check"] > 0) & (_as(self.patience, state["best"]) < math.inf)
 
         def kept(kind: str, now: Weights) -> dict[str, Tensor]:
-            return {name: torch.where(found.to(t.device), state[f"{kind}.{name}"], t) for name, t in now.items()}
+            return {name: torch.where(found.to(t.device), state[f"{kind}.{name}"].to(t.device), t) for name, t in now.items()}
 
         return kept("weights", weights), kept("buffers", buffers)
 
     def reason(self, state: State) -> str:
         sign = 1 if self.mode == "min" else -1
         best, last, at = sign * float(state["best"]), sign * float(state["last"]), int(state["best_check"])
-        margin = f" by more than {self.min_delta:g}" if self.min_delta else ""
+        if at == 0:
+            return f"no finite score in {int(state['checks'])} checks: {last:.6g} at the last"
+        share = f"{self.rel_delta:g} of itself" if self.rel_delta else ""
+        margins = " and ".join(filter(None, (f"{self.min_delta:g}" if self.min_delta else "", share)))
+        margin = f" by more than {margins}" if margins else ""
         return (
             f"no improvement{margin} in {int(state['bad'])} checks: best {best:.6g} at check {at}, "
             f"{last:.6g} at check {int(state['checks'])}"
@@ -95,7 +99,7 @@ class EarlyStopping(Epoch, Finish):
 
     def patience_left(self, state: State) -> float:
         """How many more checks without improvement it takes to stop."""
-        return self.patience - int(state["bad"])
+        return max(self.patience - int(state["bad"]), 0)
 
     def watch(self, model: nn.Module) -> Watch:
         """Use it alone, in any loop.

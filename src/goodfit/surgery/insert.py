@@ -8,19 +8,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from goodfit.errors import GoodfitError
 
 __all__ = ["insert_after", "insert_before", "refuse_wrappers"]
 
+_WRAPPERS = (DataParallel, DistributedDataParallel, ScriptModule)
+
 
 def refuse_wrappers(model: nn.Module, who: str) -> None:
     """Refuse what cannot be edited in place: a bare leaf, and wrappers that have already looked at the model."""
     kind = type(model).__name__
-    if isinstance(model, DataParallel | DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        raise GoodfitError(f"{who} edits the model in place, got a {kind}: give the model first, wrap it afterwards.")
+    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    if compiled or isinstance(model, _WRAPPERS) or hasattr(model, "_fsdp_wrapped_module"):
+        shown = f"compiled {kind}" if compiled else kind
+        raise GoodfitError(
+            f"{who} edits the model in place, got a {shown}: give the model first, wrap or compile it afterwards."
+        )
     if not any(True for _ in model.children()):
         raise GoodfitError(f"{who} inserts layers between layers, got a single {kind}; wrap it in nn.Sequential.")
 
@@ -34,7 +41,7 @@ def insert_after(host: nn.Module, name: str, layer: nn.Module) -> None:
 def insert_before(host: nn.Module, name: str, layer: nn.Module) -> None:
     """Let `layer` act on the first argument of `host`."""
     _hang(host, name, layer)
-    host.register_forward_pre_hook(_Before(name))
+    host.register_forward_pre_hook(_Before(name), with_kwargs=True)
 
 
 def _hang(host: nn.Module, name: str, layer: nn.Module) -> None:
@@ -50,13 +57,19 @@ class _After:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return host.get_submodule(self.name)(output)
 
 
 class _Before:
+    """The same, on the first argument, however it is handed over."""
+
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, host: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (host.get_submodule(self.name)(args[0]), *args[1:])
+    def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = host.get_submodule(self.name)
+        if args:
+            return (layer(args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: layer(kwargs[first])}

@@ -1,7 +1,7 @@
-"""What happens inside a model when it sees an example: which layers run, and what each output flows into.
+"""What happens inside a model when it sees an example: which layers run, and where each output flows.
 
-A trace follows tensors by identity, so it sees activations that are functions (`F.relu(self.fc1(x))`) as well as
-modules, and does not take `conv → add → relu` for `conv → relu`.
+A trace sees every call of a torch function, so it knows activations that are functions (`F.relu(self.fc1(x))`) as well as
+modules, and follows tensors by what they are computed from, so it does not take `conv → add → relu` for `conv → relu`.
 """
 
 from __future__ import annotations
@@ -15,30 +15,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Call", "call_model", "evaluating", "flow"]
+from goodfit.errors import GoodfitError
 
-KERNELS = (nn.Linear, _ConvNd, nn.Bilinear)
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_THROUGH = (_DropoutNd, nn.Identity)
-_ACTIVATIONS = (
-    "celu celu_ elu elu_ gelu glu hardsigmoid hardswish hardswish_ hardtanh hardtanh_ leaky_relu leaky_relu_ logsigmoid mish "
-    "mish_ prelu relu relu6 relu_ rrelu selu selu_ sigmoid sigmoid_ silu silu_ softplus softsign tanh tanh_ threshold"
-)  # names of torch functions, whichever module defines them
+__all__ = ["Call", "call_model", "evaluating", "flow", "training"]
+
+_KERNELS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+# names of torch functions, whichever module defines them, without the underscores of in-place and private ones
+_ACTIVATIONS = {"celu", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"}
+_ACTIVATIONS |= {"mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign"}
+_ACTIVATIONS |= {"tanh", "tanhshrink", "threshold"}
+_NORMALIZERS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "rms_norm"}
+_DROPPERS = {"alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"}
+_PRODUCTS = {"imul", "mul", "multiply", "rmul"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
-    """One call of a layer or activation: who ran, on what, and what the output flows straight into."""
+    """One call of a layer or activation: who ran, on what, and where the output flows."""
 
-    kind: str  # "kernel", "norm", "dropout" or "activation"
+    kind: str  # "kernel", "norm" or "activation", or "dropout" for one that is a function
     name: str  # of the module, "" for a function
     module: nn.Module | None
-    source: Tensor
+    source: Any  # the first argument
     output: Tensor
-    feeds: list[Call] = field(default_factory=list)
+    feeds: list[Call] = field(default_factory=list)  # the calls that take this very output
+    reaches: list[Call] = field(default_factory=list)  # those, and the next ones behind additions, pooling and the like
+    gate: bool = False  # the output is multiplied into something of its size or larger
+
+    def reached(self, kind: str) -> list[Call]:
+        """The next calls of one kind."""
+        return [c for c in self.reaches if c.kind == kind]
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
@@ -51,8 +61,23 @@ def call_model(model: nn.Module, x: Any) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode; every submodule gets its own mode back, whatever happens."""
+    with _modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Put a model that is in eval mode into train mode, and leave one in train mode as it is, frozen parts and all."""
+    with _modes_kept(model):
+        if not model.training:
+            model.train()
+        yield
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
         yield
     finally:
@@ -61,62 +86,130 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def flow(model: nn.Module, example: Any) -> list[Call]:
-    """The calls of kernel layers, norms, dropouts and activations for one example, in order, in eval mode."""
-    calls: list[Call] = []
+    """The calls of kernel layers, norms and activations for one example, in order, in eval mode; the model stays as it is."""
+    trace = _Trace()
+    cuda = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.random.fork_rng(devices=sorted(cuda)))
         for name, module in model.named_modules():
-            if isinstance(module, KERNELS + NORMS + _THROUGH):
-                handle = module.register_forward_hook(_record_module(calls, name))
-                stack.callback(handle.remove)
-            elif not any(module.children()):
-                handle = module.register_forward_hook(_name_activation(calls, name))
-                stack.callback(handle.remove)
-        stack.enter_context(_Activations(calls))
-        call_model(model, example)
-    _connect(calls)
-    return calls
+            hook = trace.on(name, _kind_of(module), leaf=not any(module.children()))
+            if hook is not None:
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(trace)
+        try:
+            call_model(model, example)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise GoodfitError(
+                f"{type(model).__name__} must run on the example in eval mode, got {type(error).__name__}: {first}; give one "
+                "input batch as the model takes it: a tensor, a tuple of positions or a dict of keywords."
+            ) from error
+    return trace.calls
 
 
-def _record_module(calls: list[Call], name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            kind = "kernel" if isinstance(module, KERNELS) else "norm" if isinstance(module, NORMS) else "dropout"
-            calls.append(Call(kind, name, module, args[0], output))
-
-    return hook
-
-
-def _name_activation(calls: list[Call], name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        last = calls[-1] if calls else None
-        if last is not None and last.kind == "activation" and last.output is output and last.module is None:
-            last.name, last.module = name, module
-
-    return hook
+def _kind_of(module: nn.Module) -> str:
+    """A layer that torch does not define is a kernel by a weight of two axes, and a norm by its class name."""
+    leaf = not any(module.children())
+    if isinstance(module, _NORMS) or (leaf and "norm" in type(module).__name__.lower()):
+        return "norm"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return ""
+    owns_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
+    return "kernel" if isinstance(module, _KERNELS) or (leaf and owns_matrix) else ""
 
 
-class _Activations(TorchFunctionMode):
-    """Notes every call of an activation function, whoever makes it."""
+@dataclass
+class _Origin:
+    """Where a tensor comes from. `version` tells whether it was changed in place since."""
 
-    def __init__(self, calls: list[Call]) -> None:
+    tensor: Tensor
+    version: int
+    straight: tuple[Call, ...] = ()  # the call whose output it is
+    calls: tuple[Call, ...] = ()  # the last calls on all ways to it
+
+
+class _Trace(TorchFunctionMode):
+    """Notes every call of a kernel, norm or activation, and follows what each tensor is computed from."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.calls = calls
+        self.calls: list[Call] = []
+        self.origins: dict[int, _Origin] = {}
+
+    def on(self, name: str, kind: str, leaf: bool) -> Any:
+        """The hook for a module: a layer is a call, a module around one function gives that call its name."""
+
+        def layer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            inputs = [*args, *kwargs.values()]
+            self.note(kind, name, module, inputs, [self.of(t) for t in _tensors(inputs)], output)
+
+        def around(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            last = self.calls[-1] if self.calls else None
+            if last is not None and last.output is output and last.module is None:
+                last.name, last.module = name, module
+
+        return layer if kind else around if leaf else None
+
+    def of(self, tensor: Tensor) -> _Origin:
+        known, version = self.origins.get(id(tensor)), _version(tensor)
+        if known is None:
+            return _Origin(tensor, version)
+        return known if known.version == version else _Origin(tensor, version, (), known.calls)
+
+    def note(self, kind: str, name: str, module: nn.Module | None, inputs: Any, origins: list[_Origin], output: Any) -> None:
+        outputs = list(_tensors(output))
+        if not outputs:
+            return
+        call = Call(kind, name, module, next(iter(inputs), None), outputs[0])
+        self.calls.append(call)
+        for one in _distinct(c for origin in origins for c in origin.straight):
+            one.feeds.append(call)
+        for one in _distinct(c for origin in origins for c in origin.calls):
+            one.reaches.append(call)
+        for t in outputs:
+            self.origins[id(t)] = _Origin(t, _version(t), (call,), (call,))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "?") in _ACTIVATIONS.split() and args and isinstance(args[0], Tensor):
-            self.calls.append(Call("activation", "", None, args[0], output))
+        kwargs = kwargs or {}
+        name, inputs = getattr(func, "__name__", "?").strip("_"), [*args, *kwargs.values()]
+        origins = [self.of(t) for t in _tensors(inputs)]
+        output = func(*args, **kwargs)
+        if name in _ACTIVATIONS or name in _NORMALIZERS:
+            self.note("activation" if name in _ACTIVATIONS else "norm", "", None, inputs, origins, output)
+            return output
+        if name in _PRODUCTS and len(origins) == 2:
+            for one, other in (origins, origins[::-1]):
+                for call in one.straight:
+                    call.gate |= call.kind == "activation" and one.tensor.numel() <= other.tensor.numel()
+        if name in _DROPPERS and (args[1] if len(args) > 1 else kwargs.get("p", 0.5)) > 0:
+            self.calls.append(Call("dropout", "", None, args[0] if args else None, output))
+        reached = tuple(_distinct(c for origin in origins for c in origin.calls))
+        untouched = {id(o.tensor) for o in origins if o.version == _version(o.tensor)}
+        changed = output if output is not None else inputs[:1]  # x[i] = y returns nothing
+        for t in _tensors(changed):
+            if id(t) not in untouched:
+                self.origins[id(t)] = _Origin(t, _version(t), (), reached)
         return output
 
 
-def _connect(calls: list[Call]) -> None:
-    for i, call in enumerate(calls):
-        flowing = [call.output]
-        for later in calls[i + 1 :]:
-            if any(later.source is t for t in flowing):
-                if later.kind == "dropout":
-                    flowing.append(later.output)
-                call.feeds.append(later)
+def _version(tensor: Tensor) -> int:
+    return -1 if is_lazy(tensor) or tensor.is_inference() else tensor._version
+
+
+def _distinct(calls: Iterator[Call]) -> list[Call]:
+    return list(dict.fromkeys(calls))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, through lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _tensors(one)
