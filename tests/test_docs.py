@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import types
 import warnings
 from pathlib import Path
 
@@ -51,3 +52,11 @@ def test_examples_in_docstrings_run(name: str) -> None:
         module = importlib.import_module(name)
         globs = {"torch": torch, "nn": torch.nn, **vars(module)}
         assert doctest.testmod(module, extraglobs=globs).failed == 0
+
+
+def test_no_module_hides_a_public_name() -> None:
+    for module in pkgutil.walk_packages(gf.__path__, "goodfit."):
+        if "__main__" not in module.name:
+            importlib.import_module(module.name)
+    modules = {name for name in dir(gf) if isinstance(getattr(gf, name), types.ModuleType)}
+    assert modules == {"hyper", "phases", "schedules", "surgery", "where"}

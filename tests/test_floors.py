@@ -22,7 +22,7 @@ FLOORS = [
     {"beside"},
     {"run"},
     {"data", "loop"},
-    {"fit"},
+    {"fitting"},
     {"tabular", "report"},
     {"job", "manual"},
     {"cli"},

@@ -3,7 +3,8 @@
     import goodfit as gf
     run = gf.Run(gf.Cocktail(gf.L2(1e-4), gf.Dropout(0.2)), model, example=x)
 
-Every regularizer is here by its name; the rest is in `gf.where`, `gf.schedules`, `gf.phases`. Nothing is imported before
+Every regularizer is here by its name; the rest is in `gf.where`, `gf.schedules`,
+`gf.phases` and `gf.hyper`. Nothing is imported before
 it is used.
 """
 
@@ -13,11 +14,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from goodfit import phases as phases, schedules as schedules, surgery as surgery, where as where
+    from goodfit import hyper as hyper, phases as phases, schedules as schedules, surgery as surgery, where as where
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
-    from goodfit.fit import Fit as Fit, fit as fit
-    from goodfit.hyper import hyper as hyper
+    from goodfit.fitting import Fit as Fit, fit as fit
     from goodfit.regularizers.batchnorm import BatchNorm as BatchNorm
     from goodfit.regularizers.dropout import Dropout as Dropout
     from goodfit.regularizers.early_stopping import EarlyStopping as EarlyStopping
@@ -26,15 +26,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("phases", "schedules", "surgery", "where")
+_MODULES = ("hyper", "phases", "schedules", "surgery", "where")
 _NAMES = {
     "Cocktail": "cocktail",
-    "Fit": "fit",
+    "Fit": "fitting",
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
     "Run": "run",
-    "fit": "fit",
-    "hyper": "hyper",
+    "fit": "fitting",
     "parse": "cocktail",
 }
 

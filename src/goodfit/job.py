@@ -16,7 +16,7 @@ import torch
 
 from goodfit.cocktail import Cocktail, parse
 from goodfit.errors import GoodfitError
-from goodfit.fit import Fit, fit
+from goodfit.fitting import Fit, fit
 from goodfit.losses import loss_of
 from goodfit.report.evidence import weights_of
 from goodfit.report.render import render
