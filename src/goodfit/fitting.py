@@ -105,7 +105,8 @@ def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Opt
     if not parameters:
         raise GoodfitError(f"{type(model).__name__} has no trainable parameter; unfreeze some.")
     if given is None:
-        return AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values())
+        return AdamW(parameters.values(), lr=1e-3, weight_decay=0.0, fused=fused)
     made = given if isinstance(given, Optimizer) else given(list(parameters.values())) if callable(given) else given
     if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
         raise GoodfitError(
