@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,8 +76,9 @@ def test_fit_writes_a_whole_run_folder_and_says_what_it_did(goodfit: Callable[..
         "weights.safetensors",
     ]  # fmt: skip
     assert [line.split()[0] for line in out.splitlines()] == ["train", "valid", "test", "valid,", "run"]
-    assert "column id: a different text in every row, like an identifier: left out" in err
-    assert "column same: constant: left out" in err
+    assert "left out, a different text in every row like an identifier: id\n" in err
+    assert "left out, constant: same\n" in err
+    assert "category: city, member\n" in err
     assert "split: train 72, valid 24, test 24 rows" in err
     about = json.loads(Path("churn-run/run.json").read_text())
     assert about["cocktail"].startswith("Cocktail(BatchNorm(momentum=0.1")
@@ -162,7 +164,7 @@ REFUSED = {
     "empty table": (("fit", "empty.csv", "--target", "y"), "empty"),
     "header only": (("fit", "header.csv", "--target", "y"), "no rows"),
     "two rows": (("fit", "two.csv", "--target", "churn"), "at least 20 rows"),
-    "only constants": (("fit", "constant.csv", "--target", "y"), "none that can be used (a: constant: left out)"),
+    "only constants": (("fit", "constant.csv", "--target", "y"), "none that can be used (a: left out, constant)"),
     "infinite number": (("fit", "inf.csv", "--target", "y"), "--missing inf"),
     "identifier target": (("fit", "churn.csv", "--target", "id"), "too many for classes"),
     "unknown regularizer": (("fit", "churn.csv", "--target", "churn", "--cocktail", "Dropuot(.1)"), "did you mean Dropout?"),
@@ -273,6 +275,16 @@ def test_a_changed_preprocessing_is_noticed(goodfit: Callable[..., Outcome]) -> 
     code, _, err = goodfit("predict", "run", "churn.csv", "-o", "o.csv")
     assert code == 2
     assert "encodes its sample rows otherwise" in err
+
+
+def test_no_command_opens_a_connection(goodfit: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)[0] == 0
+    assert goodfit("predict", "run", "churn.csv", "-o", "o.csv")[0] == 0
 
 
 def test_help_is_the_manual_and_quick() -> None:

@@ -62,11 +62,11 @@ def _column(name: str, values: pa.ChunkedArray) -> Column:
     distinct = pc.count_distinct(values).as_py()
     note = ""
     if present == 0:
-        note = "empty: left out"
+        note = "left out, empty"
     elif distinct == 1 and values.null_count == 0:
-        note = "constant: left out"
+        note = "left out, constant"
     elif str(values.type) == "string" and distinct == present and present >= 20:
-        note = "a different text in every row, like an identifier: left out"
+        note = "left out, a different text in every row like an identifier"
     return Column(name, str(values.type), kind, values.null_count, distinct, not note, note)
 
 

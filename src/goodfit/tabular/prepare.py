@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ def prepare(path: Path, target: str, task: str | None, seed: int, reading: dict[
     table, goal, more = target_of(table, target, task)
     columns = describe(table, target)
     tell(f"{path.name}: {total} rows, {len(columns)} input columns; {target} is to be predicted, as {goal.task}")
+    for kind, names in _grouped((c.kind, c.name) for c in columns if c.used):
+        tell(f"{kind}: {names}")
     classes = None if goal.classes is None else Answers(goal).encode(table)
     parts = split(table.num_rows, classes, seed)
     duplicates = count_duplicates(table, parts)
     train = table.take(parts.train)
     encoder, answers = Encoder.fit(train, columns), Answers.fit(goal, train)
-    notes += [*more, *(f"column {c.name}: {c.note}" for c in columns if c.note)]
+    notes += [*more, *(f"{note}: {names}" for note, names in _grouped((c.note, c.name) for c in columns if c.note))]
     notes += [f"{n} rows of the {part} part stand in an earlier part too" for part, n in duplicates.items() if n]
     for note in notes:
         tell(note)
@@ -61,3 +63,12 @@ def prepare(path: Path, target: str, task: str | None, seed: int, reading: dict[
     x, y = encoder.transform(table), answers.encode(table)
     tell(f"split: {sizes} rows; {x.shape[1]} inputs after encoding")
     return Data(columns, present, parts, encoder, answers, x, y, duplicates, notes)
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What is said of columns, each with the names of those it is said of, the first eight written out."""
+    groups: dict[str, list[str]] = {}
+    for what, name in pairs:
+        groups.setdefault(what, []).append(name)
+    more = {what: f" and {len(names) - 8} more" if len(names) > 8 else "" for what, names in groups.items()}
+    return [(what, ", ".join(names[:8]) + more[what]) for what, names in groups.items()]
