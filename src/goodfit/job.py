@@ -112,7 +112,7 @@ def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int) -> F
     x, y = data.part("train")
     model = mlp(x.shape[1], data.answers.outputs, width=WIDTH, depth=DEPTH, seed=settings.seed)
     rows = len(y)
-    return fit(
+    found = fit(
         model,
         (x, y),
         data.part("valid"),
@@ -124,6 +124,8 @@ def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int) -> F
         device=settings.device,
         progress=settings.progress,
     )
+    found.model.to("cpu")  # scores and predictions are the bits that `predict` will give
+    return found
 
 
 def _bare(data: Data, settings: Settings, epochs: int, tell: Tell) -> Fit | None:
