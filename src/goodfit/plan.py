@@ -13,13 +13,21 @@ from goodfit.noise import Clock, Noisy
 from goodfit.phases import Build, State
 from goodfit.tensors import tensors_of
 
-__all__ = ["Plan", "rank"]
+__all__ = ["Plan", "rank", "world"]
 
 
 def rank() -> int:
     """This process among those that train together."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if ready else 0
+    return torch.distributed.get_rank() if _together() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return torch.distributed.get_world_size() if _together() else 1
+
+
+def _together() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Plan:

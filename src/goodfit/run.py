@@ -27,7 +27,7 @@ from goodfit.hooks import hook
 from goodfit.losses import loss_of
 from goodfit.noise import Noise
 from goodfit.phases import Batch, Build, Epoch, Finish, Gradient, Loss, Penalty, Regularizer, Report, State
-from goodfit.plan import Plan, rank
+from goodfit.plan import Plan, rank, world
 from goodfit.surgery.trace import call_model
 from goodfit.tensors import load_tensors, tensors_of
 
@@ -62,7 +62,7 @@ class Run:
         self._attached = self._heard = False
         self._seen: set[str] = set()
         self._draws = (-1, 0, 0)
-        self._micro: list[tuple[Any, Tensor]] = []
+        self._micro: list[tuple[Any, Tensor, nn.Module | None]] = []
 
     def batch(self, x: Any, y: Tensor) -> tuple[Any, Tensor]:
         """Batch regularizers on one batch; y must hold probabilities or reals where there is one."""
@@ -78,18 +78,23 @@ class Run:
         self._seen.add("batch")
         return x, y
 
-    def loss(self, x: Any, y: Tensor) -> Tensor:
-        """Model, loss function and Loss regularizers on one batch: a scalar without penalties, to call `backward` on."""
+    def loss(self, x: Any, y: Tensor, *, through: nn.Module | None = None) -> Tensor:
+        """Model, loss function and Loss regularizers on one batch: a scalar without penalties, to call `backward` on.
+
+        through: the model as it was wrapped after building (DDP, torch.compile), to be run in the model's place.
+        """
+        if through is None and world() > 1:
+            raise GoodfitError("run.loss would pass by the gradient exchange of DDP; call run.loss(x, y, through=ddp_model).")
         if self._loss is None:
             raise GoodfitError("run.loss needs a loss function: Run(cocktail, model, loss=f) or task='classes' or 'numbers'.")
         self._plan.build_if_waiting(x)
-        outputs = call_model(self.model, x)
+        outputs = call_model(through or self.model, x)
         loss = self._loss(outputs, y)
         for _, one in self._plan.of(Loss):
             loss = one.loss(loss, outputs, y)
         self._seen.add("loss")
         if self.model.training:
-            self._micro.append((x, y))
+            self._micro.append((x, y, through))
         return loss
 
     def gradient(self, optimizer: Optimizer) -> None:
@@ -179,9 +184,9 @@ class Run:
         self._micro.clear()
 
     def _redo(self) -> None:
-        batch = self._micro[0]
-        torch.autograd.backward(self.loss(*batch))
-        self._micro[:] = [batch]
+        x, y, through = self._micro[0]
+        torch.autograd.backward(self.loss(x, y, through=through))
+        self._micro[:] = [(x, y, through)]
 
     def _micro_batch(self) -> int:
         """Which batch of this step this is; a second gradient counts them once more."""
