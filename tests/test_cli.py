@@ -175,7 +175,10 @@ REFUSED = {
     "run folder exists": (("fit", "churn.csv", "--target", "churn", "--out", "there"), "exists already"),
     "climbing name": (("fit", "churn.csv", "--target", "churn", "--out", "../../x"), "must not climb"),
     "no parent": (("fit", "churn.csv", "--target", "churn", "--out", "a/b/c"), "needs a folder to be in"),
-    "unknown task": (("fit", "churn.csv", "--target", "churn", "--task", "clases"), "did you mean classes?"),
+    "unknown task": (
+        ("fit", "churn.csv", "--target", "churn", "--task", "clases"),
+        "task must be 'classes' or 'numbers', got 'clases'",
+    ),
     "wrong task": (("fit", "churn.csv", "--target", "churn", "--task", "numbers"), "needs a target of numbers"),
     "unknown device": (("fit", "churn.csv", "--target", "churn", "--device", "gpu9"), "gpu9"),
     "bad number of epochs": (("fit", "churn.csv", "--target", "churn", "--epochs", "0"), "--epochs"),

@@ -319,8 +319,18 @@ def test_targets_may_have_another_precision_than_the_model(dtype: torch.dtype) -
         (2, NUMBERS, None, r"one number per target of shape \(8,\), got \(8, 2\)"),
         (1, torch.stack([NUMBERS, NUMBERS], 1), None, r"one number per target of shape \(8, 2\), got \(8, 1\)"),
         (1, CLASSES, None, r"one score per class, \(rows, classes\), got \(8, 1\)"),
-        (3, NUMBERS, "classes", r"Class targets must have shape \(8,\), or \(8, 3\) as probabilities, got \(8,\)"),
-        (3, torch.stack([CLASSES, CLASSES], 1), None, r"Class targets must have shape \(8,\), or .* got \(8, 2\)"),
+        (
+            3,
+            NUMBERS,
+            "classes",
+            r"must be integers of shape \(8,\), or probabilities of shape \(8, 3\), got float64",
+        ),
+        (
+            3,
+            torch.stack([CLASSES, CLASSES], 1),
+            None,
+            r"must be integers of shape \(8,\), or .* got int64 of shape \(8, 2\)",
+        ),
         (1, NUMBERS, "regression", "task must be 'classes' or 'numbers', got 'regression'"),
     ],
 )

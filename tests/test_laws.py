@@ -8,6 +8,7 @@ import doctest
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -92,6 +93,15 @@ def test_1_any_cocktail_of_any_numbers_reads_back(data: st.DataObject) -> None:
     kinds = data.draw(st.lists(st.sampled_from(list(catalogue().values())), max_size=4))
     cocktail = Cocktail(*map(draw, kinds))
     assert parse(repr(cocktail)) == parse(", ".join(map(repr, cocktail))) == cocktail
+
+
+@every
+def test_1_numbers_of_other_libraries_become_pythons_own(kind: type[Regularizer]) -> None:
+    for name, known in hypers(kind):
+        for number in (np.float32(known.default), np.float64(known.default), torch.tensor(known.default)):
+            one = kind(**{name: number})
+            assert type(getattr(one, name)) in (int, float)
+            assert kind.__name__ not in catalogue() or parse(repr(one))[0] == one
 
 
 @switched

@@ -56,4 +56,4 @@ def test_one_file_is_all_it_takes(tmp_path: Path) -> None:
     command = f"import pytest; sys.exit(pytest.main(['-p', 'no:cacheprovider', '-k', 'Cosy', {str(laws)!r}]))"
     proved = python(tmp_path, command)
     assert proved.returncode == 0, proved.stdout
-    assert "12 passed" in proved.stdout
+    assert "13 passed" in proved.stdout

@@ -600,9 +600,12 @@ def test_decaying_twice_is_warned_of() -> None:
     run, optimizer = start(gf.WeightDecay(0.1), make=optim.AdamW)
     with pytest.warns(gf.GoodfitWarning, match="Weights decay twice"):
         run.attach(optimizer)
+    run, optimizer = start(gf.L2(0.1), make=optim.AdamW)
+    with pytest.warns(gf.GoodfitWarning, match=r"by L2\(0.1\) of the cocktail and by the weight_decay of AdamW"):
+        run.attach(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run, optimizer = start(gf.L2(0.1), make=optim.AdamW)
+        run, optimizer = start(gf.L1(0.1), make=optim.AdamW)
         run.attach(optimizer)
 
 
@@ -620,8 +623,48 @@ def test_finishing_without_a_score_is_refused() -> None:
     run, _ = start(gf.EarlyStopping(3))
     with pytest.raises(gf.GoodfitError, match=r"EarlyStopping has heard no score; call run\.epoch\(score\)"):
         run.finish()
-    run, _ = start(gf.L2(0.1))
+    run, _ = start(gf.Dropout(0.1))
     assert run.finish() is run.model
+
+
+def test_a_run_that_no_optimizer_step_has_reached_is_refused_at_its_end() -> None:
+    run, optimizer = start(gf.L2(0.1), gf.EarlyStopping(3))
+    run.attach(optimizer)
+    assert run.epoch(1.0)
+    with pytest.raises(gf.GoodfitError, match=r"L2\(0.1\) has not acted: no optimizer step has reached this run"):
+        run.epoch(0.9)
+    with pytest.raises(gf.GoodfitError, match="no optimizer step has reached this run"):
+        run.finish()
+
+
+def test_attach_takes_the_optimizer_out_of_a_hosts_wrapper_and_refuses_what_is_none() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    run, optimizer = start(gf.L2(0.1))
+    run.attach(Wrapper(optimizer))
+    run, optimizer = start(gf.L2(0.1))
+    for wrong in ([optimizer], run.model, None):
+        with pytest.raises(gf.GoodfitError, match=r"run\.attach takes torch optimizers"):
+            run.attach(wrong)
+
+
+@pytest.mark.parametrize("score", ["a", None, torch.ones(3)])
+def test_a_score_is_one_number(score: Any) -> None:
+    run, _ = start(gf.EarlyStopping(3))
+    with pytest.raises(gf.GoodfitError, match="A score must be one number"):
+        run.epoch(score)
+
+
+def test_what_is_no_cocktail_or_no_model_is_refused_and_a_text_is_read() -> None:
+    model = nn.Linear(2, 1)
+    assert gf.Run("L2(0.1)", model).cocktail == gf.Cocktail(gf.L2(0.1))
+    for wrong in (None, gf.L2, 3):
+        with pytest.raises(gf.GoodfitError, match="A cocktail is written"):
+            gf.Run(wrong, model)
+    with pytest.raises(gf.GoodfitError, match=r"a cocktail and a torch\.nn\.Module, in this order"):
+        gf.Run(gf.L2(0.1), gf.L2(0.1))
 
 
 # Inside other machinery

@@ -14,6 +14,7 @@ from goodfit import rates
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Gradient, Penalty, Step
 from goodfit.plan import Plan
+from goodfit.regularizers.shrinkage import L2, WeightDecay
 from goodfit.tensors import load_tensors
 
 __all__ = ["Beside"]
@@ -108,10 +109,11 @@ class Beside:
         if any(isinstance(r, Step) and r.moment == "proximal" for r in acting):
             rates.formula_of(optimizer)
         decays = any(group.get("weight_decay", 0) for group in optimizer.param_groups)
-        if decays and any(isinstance(r, Step) and r.moment == "before" for r in acting):
+        twice = next((r for r in acting if isinstance(r, L2 | WeightDecay)), None)
+        if decays and twice is not None:
             warnings.warn(
-                f"Weights decay twice: by the cocktail's WeightDecay and by the weight_decay of {kind} itself (torch's AdamW "
-                "has 0.01 by default); make the optimizer with weight_decay=0.",
+                f"Weights decay twice: by {twice} of the cocktail and by the weight_decay of {kind} itself (torch's AdamW has "
+                "0.01 by default); make the optimizer with weight_decay=0.",
                 GoodfitWarning,
                 stacklevel=4,
             )

@@ -9,15 +9,15 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from goodfit import schedules, where
 from goodfit.errors import GoodfitError, nearest
-from goodfit.phases import Regularizer
+from goodfit.phases import Regularizer, phases_of
 from goodfit.regularizers import catalogue
 
-__all__ = ["Cocktail", "parse"]
+__all__ = ["Cocktail", "as_cocktail", "parse"]
 
 _SELECTORS: dict[str, Any] = {
     name: getattr(where, name) for name in where.__all__ if isinstance(getattr(where, name), where.Where)
@@ -43,7 +43,12 @@ class Cocktail(tuple[Regularizer, ...]):
             if not isinstance(one, Regularizer):
                 shown = f"the class {one.__name__}: add its numbers" if isinstance(one, type) else repr(one)
                 raise GoodfitError(f"Cocktail holds regularizers such as L2(1e-4), got {shown}.")
+            if not phases_of(type(one)):
+                raise GoodfitError(f"{type(one).__name__} has no phase: let it inherit from one, as in class Mine(Penalty).")
         return super().__new__(cls, regularizers)
+
+    def __add__(self, other: Any) -> Cocktail:
+        return Cocktail(*self, *other)
 
     def __getnewargs__(self) -> tuple[Regularizer, ...]:
         return tuple(self)
@@ -59,8 +64,22 @@ class Cocktail(tuple[Regularizer, ...]):
         return ", ".join(map(str, self)) or "no regularizer"
 
 
-def parse(text: str) -> Cocktail:
+def as_cocktail(given: Any) -> Cocktail:
+    """A cocktail, one regularizer, a list of them or a text, as a cocktail."""
+    if isinstance(given, str):
+        return parse(given)
+    if isinstance(given, Regularizer):
+        return Cocktail(given)
+    if isinstance(given, tuple | list):
+        return Cocktail(*given)
+    shown = f"the class {given.__name__}: add its numbers" if isinstance(given, type) else f"a {type(given).__name__}"
+    raise GoodfitError(f"A cocktail is written Cocktail(L2(1e-4), Dropout(0.2)), got {shown}.")
+
+
+def parse(text: str, own: Iterable[type[Regularizer]] = ()) -> Cocktail:
     """Read a cocktail from its text, bare or wrapped: `L2(1e-4), Dropout(0.2)` or `Cocktail(L2(lam=0.0001))`.
+
+    own: regularizers of yours that stand in no package; those of installed packages are known by their entry points.
 
     >>> parse("EarlyStopping(inf), L2(1e-3, where=kernels & ~named('head.*'))")[1].where
     (kernels & ~named('head.*'))
@@ -73,15 +92,15 @@ def parse(text: str) -> Cocktail:
     nodes = tree.elts
     if len(nodes) == 1 and isinstance(nodes[0], ast.Call) and _name(nodes[0].func) == "Cocktail":
         nodes = nodes[0].args
-    return Cocktail(*(_regularizer(node) for node in nodes))
+    known = {**catalogue(), **{kind.__name__: kind for kind in own}}
+    return Cocktail(*(_regularizer(node, known) for node in nodes))
 
 
 def _name(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ast.unparse(node)
 
 
-def _regularizer(node: ast.expr) -> Regularizer:
-    known = catalogue()
+def _regularizer(node: ast.expr, known: dict[str, type[Regularizer]]) -> Regularizer:
     name = _name(node.func) if isinstance(node, ast.Call) else _name(node)
     if name not in known:
         raise GoodfitError(f"A cocktail knows no regularizer {name!r}; {nearest(name, known)}")
@@ -99,6 +118,8 @@ def _call(node: ast.Call, name: str, target: Callable[..., Any]) -> Any:
     for k in node.keywords:
         if k.arg is None or k.arg not in signature.parameters:
             raise GoodfitError(f"{name} has no number {k.arg!r}; {nearest(str(k.arg), signature.parameters)}")
+        if k.arg in keywords:
+            raise GoodfitError(f"{name} has {k.arg} twice, got {ast.unparse(node)!r}; give it once.")
         keywords[k.arg] = _value(k.value)
     try:
         signature.bind(*arguments, **keywords)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
-from goodfit.cocktail import Cocktail
+from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.data import batches_of, peek, to_device
 from goodfit.errors import GoodfitError
 from goodfit.hyper import hypers
@@ -38,8 +38,8 @@ class Fit:
     the epoch with the lowest validation loss.
     """
 
-    model: nn.Module
-    history: list[dict[str, Any]]
+    model: nn.Module = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
     stopped: str
     score: float
     best_epoch: int
@@ -49,7 +49,7 @@ def fit(
     model: nn.Module,
     train: Any,
     valid: Any,
-    cocktail: Cocktail | Regularizer,
+    cocktail: Cocktail | Regularizer | str,
     *,
     loss: LossFunction | None = None,
     task: str | None = None,
@@ -75,14 +75,13 @@ def fit(
         raise GoodfitError(f"epochs must be an integer >= 1, got epochs={epochs!r}.")
     training = batches_of(train, "train", batch_size, shuffle=True, seed=seed)
     validation = batches_of(valid, "valid", batch_size, shuffle=False, seed=seed)
-    home = torch.device(device) if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.to(home)
+    home = _home(model, device)
     with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
         torch.manual_seed(seed)
         x, y = to_device(peek(training), home)
         kind = task if task is not None else "" if loss is not None else task_of(y)
         measure = _averaged(loss or loss_of(kind))
-        mix = _in_steps(Cocktail(cocktail) if isinstance(cocktail, Regularizer) else Cocktail(*cocktail), training)
+        mix = _in_steps(as_cocktail(cocktail), training)
         _refuse_maximizing(mix)
         run = Run(mix, model, loss=measure, example=x, seed=seed)
         prepare = _as_reals(mix, kind, model, x, y)
@@ -98,6 +97,19 @@ def fit(
         )
     best = min(history, key=lambda row: row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf)
     return Fit(model, history, why, score, best["epoch"])
+
+
+def _home(model: Any, device: torch.device | str | None) -> torch.device:
+    """Where the model trains; it goes there."""
+    if not isinstance(model, nn.Module):
+        raise GoodfitError(f"fit takes a torch.nn.Module first, got {model!r:.60}; give an instance.")
+    try:
+        home = next((p.device for p in model.parameters()), torch.device("cpu")) if device is None else torch.device(device)
+        model.to(home)
+    except (RuntimeError, AssertionError) as wrong:
+        why = (str(wrong).splitlines() or [""])[0]
+        raise GoodfitError(f"device must be one that torch has here, got {device!r} ({why}); leave it out.") from None
+    return home
 
 
 def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:

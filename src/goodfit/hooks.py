@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["hook"]
+__all__ = ["hook", "unwrapped"]
 
 Closure = Callable[[], Any]
 
@@ -38,6 +38,15 @@ def hook(run: Steps, optimizer: Optimizer) -> None:
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer that steps, out of a host's wrapper around it."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise GoodfitError(f"run.attach takes torch optimizers, as in run.attach(a, b), got a {type(optimizer).__name__}.")
+    return optimizer
 
 
 def _once(run: Steps, optimizer: Optimizer, closure: Closure) -> Closure:

@@ -79,10 +79,14 @@ def hypers(spec: Any) -> Iterator[tuple[str, Hyper]]:
 
 
 def validate(spec: Any) -> None:
-    """Refuse a number outside its valid interval, and a schedule where a number is part of the structure."""
+    """Refuse a number outside its valid interval, and a schedule where a number is part of the structure.
+
+    Numbers of other libraries become Python's own.
+    """
     kind = type(spec).__name__
     for name, known in hypers(spec):
-        value = getattr(spec, name)
+        value = _plain(getattr(spec, name))
+        object.__setattr__(spec, name, value)
         where = f"{kind}.{name} must be {known.rule}, got {name}={value!r}"
         if isinstance(value, Schedule):
             if known.fixed:
@@ -94,6 +98,12 @@ def validate(spec: Any) -> None:
             values = (value,)
         if not all(known.admits(v) for v in values):
             raise GoodfitError(f"{where}.")
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy, or a tensor of one number, as Python's own, so that a text of it reads back."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "ndim", None) == 0 else value
 
 
 def lifted(spec: S, **numbers: Any) -> S:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from goodfit.errors import GoodfitError, nearest
+from goodfit.errors import GoodfitError
 
 __all__ = ["loss_of", "task_of"]
 
@@ -17,7 +17,7 @@ __all__ = ["loss_of", "task_of"]
 def loss_of(task: str) -> Callable[[Any, Tensor], Tensor]:
     """The mean loss over the rows for a task: cross-entropy for "classes", squared error for "numbers"."""
     if task not in _LOSSES:
-        raise GoodfitError(f"task must be 'classes' or 'numbers', got {task!r}; {nearest(str(task), _LOSSES)}")
+        raise GoodfitError(f"task must be 'classes' or 'numbers', got {task!r}; give loss=f for another.")
     return _LOSSES[task]
 
 
@@ -51,7 +51,8 @@ def _cross_entropy(outputs: Any, y: Tensor) -> Tensor:
     else:
         expected, y = each, (y.squeeze(1) if y.shape == (*each, 1) and len(each) == 1 else y).to(torch.int64)
     if y.shape != expected:
-        raise GoodfitError(f"Class targets must have shape {each}, or {shape} as probabilities, got {tuple(y.shape)}.")
+        got = f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}"
+        raise GoodfitError(f"Class targets must be integers of shape {each}, or probabilities of shape {shape}, got {got}.")
     return F.cross_entropy(outputs, y)
 
 

@@ -57,6 +57,10 @@ class Regularizer(ABC):
 
     def __post_init__(self) -> None:
         validate(self)
+        for f in fields(self):
+            if isinstance(f.default, bool) and not isinstance(getattr(self, f.name), bool):
+                got = f"{f.name}={getattr(self, f.name)!r}"
+                raise GoodfitError(f"{type(self).__name__}.{f.name} must be True or False, got {got}.")
         where = getattr(self, "where", None)
         if where is not None and not isinstance(where, Where):
             raise GoodfitError(

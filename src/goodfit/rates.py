@@ -41,7 +41,7 @@ def _adam(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     lr = _scalar(group["lr"])
     second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
     correction = 1 - group["betas"][1] ** _scalar(state["step"])
-    return lr / ((second / correction).sqrt() + group["eps"]), lr
+    return lr / second.div(correction).sqrt_().add_(group["eps"]), lr
 
 
 def _rmsprop(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from goodfit.beside import Beside
-from goodfit.cocktail import Cocktail
+from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.errors import GoodfitError
-from goodfit.hooks import hook
+from goodfit.hooks import hook, unwrapped
 from goodfit.losses import loss_of
 from goodfit.noise import Noise
-from goodfit.phases import Batch, Build, Epoch, Finish, Gradient, Loss, Penalty, Regularizer, Report, State
+from goodfit.phases import Batch, Build, Epoch, Finish, Gradient, Loss, Penalty, Regularizer, Report, State, Step
 from goodfit.plan import Plan, rank, world
 from goodfit.surgery.trace import call_model
 from goodfit.tensors import load_tensors, tensors_of
@@ -37,14 +37,14 @@ __all__ = ["Run"]
 class Run:
     """One cocktail on one model.
 
-    cocktail: the mix, or one regularizer. model: edited in place by Build regularizers, `run.model is model`.
+    cocktail: the mix, one regularizer, or its text. model: edited in place by Build regularizers, `run.model is model`.
     loss: f(outputs, y) → mean over the rows, needed for `run.loss` alone; task ("classes" or "numbers") names the usual one.
     example: an input batch for insertion, else the first batch that the model sees. seed: of all noise.
     """
 
     def __init__(
         self,
-        cocktail: Cocktail | Regularizer,
+        cocktail: Cocktail | Regularizer | str,
         model: nn.Module,
         *,
         loss: Callable[[Any, Tensor], Tensor] | None = None,
@@ -52,7 +52,9 @@ class Run:
         task: str | None = None,
         seed: int = 0,
     ) -> None:
-        self.cocktail = Cocktail(cocktail) if isinstance(cocktail, Regularizer) else Cocktail(*cocktail)
+        if not isinstance(model, nn.Module):
+            raise GoodfitError(f"Run takes a cocktail and a torch.nn.Module, in this order, got a {type(model).__name__}.")
+        self.cocktail = as_cocktail(cocktail)
         self.model = model
         self.stopped = ""
         self._loss = loss if loss is not None or task is None else loss_of(task)
@@ -98,7 +100,11 @@ class Run:
         return loss
 
     def gradient(self, optimizer: Optimizer) -> None:
-        """Penalties and Gradient regularizers on `.grad`, then decoupled decay: call it between backward and step."""
+        """Penalties and Gradient regularizers on `.grad`, then decoupled decay: call it between backward and step.
+
+        With a GradScaler call `scaler.unscale_(optimizer)` before it, and neither it nor `step` where the scaler skips its
+        step; `attach` sees to both.
+        """
         self._refuse_attached("gradient")
         if "gradient" in self._seen and "step" not in self._seen:
             raise GoodfitError("run.step was not called in the step before; call run.step(optimizer) behind optimizer.step().")
@@ -115,6 +121,8 @@ class Run:
 
     def epoch(self, score: float | Tensor, *, train_loss: float | None = None, stderr: float | None = None) -> bool:
         """Tell the validation score of an epoch; whether to go on. Lower is better unless mode="max" was said."""
+        if self._heard:
+            self._refuse_standstill()
         self._heard = True
         report = Report(_number(score), *(None if n is None else _number(n) for n in (train_loss, stderr)))
         weights, buffers = tensors_of(self.model)
@@ -129,6 +137,7 @@ class Run:
         deaf = [type(r).__name__ for _, r in self._plan.of(Epoch)]
         if deaf and not self._heard:
             raise GoodfitError(f"{deaf[0]} has heard no score; call run.epoch(score) after each validation.")
+        self._refuse_standstill()
         weights, buffers = tensors_of(self.model)
         for key, one in self._plan.of(Finish):
             weights, buffers = one.finish(weights, buffers, self._plan.states[key])
@@ -138,6 +147,7 @@ class Run:
     def attach(self, *optimizers: Optimizer) -> Run:
         """Put `gradient` and `step` on the optimizers' hooks, for any loop; refuses what hooks cannot serve."""
         known = list(self._beside.optimizers)
+        optimizers = tuple(map(unwrapped, optimizers))
         try:
             for optimizer in optimizers:
                 if any(optimizer is one for one in self._beside.optimizers):
@@ -194,6 +204,14 @@ class Run:
         self._draws = (*now, self._draws[2] + 1 if self._draws[:2] == now else 0)
         return self._draws[2]
 
+    def _refuse_standstill(self) -> None:
+        acting = [r for kind in (Penalty, Gradient, Step) for _, r in self._plan.of(kind)]
+        if acting and self._plan.clock.step == 0:
+            raise GoodfitError(
+                f"{acting[0]} has not acted: no optimizer step has reached this run; call run.attach(optimizer) with the very "
+                "optimizer that steps (a copied one has lost its hooks)."
+            )
+
     def _refuse_attached(self, call: str) -> None:
         if self._attached:
             raise GoodfitError(f"run.{call} acts by itself since run.attach(optimizer); remove the call.")
@@ -222,4 +240,10 @@ class Run:
 
 
 def _number(value: float | Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    try:
+        number = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        number = torch.empty(0)
+    if number.numel() != 1:
+        raise GoodfitError(f"A score must be one number, got {value!r}.")
+    return number.reshape(())

@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from goodfit.errors import GoodfitError
+
 __all__ = ["Where", "biases", "embeddings", "everything", "kernels", "named", "norms", "roles"]
 
 _KERNELS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -30,10 +32,10 @@ class Where(ABC):
         """Whether the parameter `name` with this `role` is selected."""
 
     def __and__(self, other: Where) -> Where:
-        return _Both(self, other)
+        return _Both(self, other) if isinstance(other, Where) else NotImplemented
 
     def __or__(self, other: Where) -> Where:
-        return _Either(self, other)
+        return _Either(self, other) if isinstance(other, Where) else NotImplemented
 
     def __invert__(self) -> Where:
         return _Not(self)
@@ -110,6 +112,8 @@ everything: Where = _Role("everything", "")
 
 def named(glob: str) -> Where:
     """Parameters whose full name matches the glob: `named("encoder.*.weight")`."""
+    if not isinstance(glob, str):
+        raise GoodfitError(f"named takes a glob such as 'encoder.*.weight', got {glob!r}.")
     return _Named(glob)
 
 
@@ -117,8 +121,9 @@ def roles(model: nn.Module) -> dict[str, str]:
     """Role of each parameter: "kernel", "bias", "norm", "embedding" or "other", tied weights once.
 
     The role follows from the type of the owning module. A module that is not known counts as a kernel where its
-    parameter is a matrix, or has more axes of which at least two are longer than 1; so a layer scale of shape (C, 1, 1)
-    and a class token of shape (1, 1, C) are "other". A weight tied to an embedding is an embedding.
+    parameter is a matrix, or has more axes of which two are longer than 1 and the first is (one that is broadcast over the
+    batch is no kernel); so a layer scale (C, 1, 1), a class token (1, 1, C) and positions (1, N, C) are "other". A weight
+    tied to an embedding is an embedding.
     """
     found: dict[str, str] = {}
     first: dict[Tensor, str] = {}
@@ -149,7 +154,8 @@ def _role(module: nn.Module, local: str, parameter: Tensor) -> str:
         return "embedding"
     if isinstance(module, _KERNELS):
         return "bias" if "bias" in local else "kernel"
+    if "bias" in local.split("_"):
+        return "bias"
     long_axes = sum(length > 1 for length in parameter.shape)
-    if parameter.ndim == 2 or (parameter.ndim > 2 and long_axes >= 2):
-        return "kernel"
-    return "bias" if local == "bias" else "other"
+    broadcast = parameter.ndim > 2 and parameter.shape[0] == 1
+    return "kernel" if parameter.ndim == 2 or (long_axes >= 2 and not broadcast) else "other"

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hyper import hyper
 from goodfit.phases import Build
-from goodfit.surgery.insert import insert_after, refuse_wrappers
+from goodfit.surgery.insert import has_inserted, insert_after, refuse_wrappers
 from goodfit.surgery.trace import Call, flow
 
 __all__ = ["BatchNorm"]
@@ -48,6 +48,8 @@ class BatchNorm(Build):
 
     def build(self, model: nn.Module, example: Any) -> nn.Module:
         refuse_wrappers(model, "BatchNorm")
+        if has_inserted(model, "batchnorm"):  # a model that is trained further
+            return model
         layers = [(host, self._layer(host, output)) for host, output in _places(flow(model, example))]
         if not layers:
             raise GoodfitError(

@@ -30,7 +30,8 @@ class Dropout(Build):
     Phase: Build. Where the model has dropout layers, their rate becomes p and nothing is inserted; else one is inserted
         after each activation whose output comes to a later linear or convolution (for an activation that is a function or
         gates something: before that layer), never on the way to a norm, never after the last layer. Shapes stay.
-    Numbers: p, the probability of a zero, in [0, 1), off at 0 (for inserted layers).
+    Numbers: p, the probability of a zero, in [0, 1), off at 0: then nothing is inserted, and the model's
+        own dropout layers keep their rates.
     Errors: p outside [0, 1); a model without a place for it, or one that drops by functions; a bare leaf, a DDP or
         compiled wrapper.
     Source: Srivastava et al. 2014, Dropout: a simple way to prevent neural networks from overfitting. Inserted layers draw

@@ -88,12 +88,12 @@ class EarlyStopping(Epoch, Finish):
         sign = 1 if self.mode == "min" else -1
         best, last, at = sign * float(state["best"]), sign * float(state["last"]), int(state["best_check"])
         if at == 0:
-            return f"no finite score in {int(state['checks'])} checks: {last:.6g} at the last"
+            return f"no finite score in {_checks(state['checks'])}: {last:.6g} at the last"
         share = f"{self.rel_delta:g} of itself" if self.rel_delta else ""
         margins = " and ".join(filter(None, (f"{self.min_delta:g}" if self.min_delta else "", share)))
         margin = f" by more than {margins}" if margins else ""
         return (
-            f"no improvement{margin} in {int(state['bad'])} checks: best {best:.6g} at check {at}, "
+            f"no improvement{margin} in {_checks(state['bad'])}: best {best:.6g} at check {at}, "
             f"{last:.6g} at check {int(state['checks'])}"
         )
 
@@ -121,8 +121,9 @@ class Watch:
         """Hear one score; whether to stop."""
         report = Report(torch.as_tensor(score, dtype=torch.float64, device="cpu").detach())
         go_on, self.state = self.stopping.epoch(report, *tensors_of(self.model), self.state)
-        self.stopped = "" if go_on else self.stopping.reason(self.state)
-        return not go_on
+        if not go_on and not self.stopped:
+            self.stopped = self.stopping.reason(self.state)
+        return bool(self.stopped)
 
     @property
     def best(self) -> float:
@@ -133,6 +134,10 @@ class Watch:
         """Put the best weights and buffers back into the model."""
         load_tensors(self.model, *self.stopping.finish(*tensors_of(self.model), self.state))
         return self.model
+
+
+def _checks(count: Tensor) -> str:
+    return f"{int(count)} check{'s' if int(count) > 1 else ''}"
 
 
 def _kept(weights: Weights, buffers: Weights) -> list[tuple[str, Tensor]]:

@@ -70,7 +70,7 @@ class L1(Step):
         shrunk = {}
         for name, w in weights.items():
             threshold = torch.minimum(self.lam * rate[name], 10 * lr[name])
-            shrunk[name] = w.sign() * (w.abs() - threshold).clamp(min=0)
+            shrunk[name] = w - torch.clamp(w, -threshold, threshold)  # exactly 0 within the threshold
         return shrunk, state
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["insert_after", "insert_before", "refuse_wrappers"]
+__all__ = ["has_inserted", "insert_after", "insert_before", "refuse_wrappers"]
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, ScriptModule)
 
@@ -42,6 +42,11 @@ def insert_before(host: nn.Module, name: str, layer: nn.Module) -> None:
     """Let `layer` act on the first argument of `host`."""
     _hang(host, name, layer)
     host.register_forward_pre_hook(_Before(name), with_kwargs=True)
+
+
+def has_inserted(model: nn.Module, name: str) -> bool:
+    """Whether a layer of this name was inserted into the model before."""
+    return any(isinstance(h, _After) and h.name == name for m in model.modules() for h in m._forward_hooks.values())
 
 
 def _hang(host: nn.Module, name: str, layer: nn.Module) -> None:
