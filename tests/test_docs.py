@@ -30,6 +30,13 @@ def test_readme_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str
     assert "no improvement by more than 0.001 in 5 checks: best" in printed
 
 
+def test_the_page_on_regularizers_runs_too() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "regularizers.md").read_text(), re.DOTALL)
+    world: dict[str, object] = {"__name__": "page"}
+    exec(compile(blocks[0], "regularizers.md", "exec", dont_inherit=True), world)
+    assert gf.parse("Quartic(0.2)", own=[world["Quartic"]])[0].slope({"w": torch.ones(1)})["w"] == 0.2
+
+
 def test_every_public_name_stands_on_a_page() -> None:
     pages = README + (ROOT / "docs" / "design.md").read_text() + (ROOT / "CHANGELOG.md").read_text()
     assert [name for name in dir(gf) if name not in pages] == []
