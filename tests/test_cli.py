@@ -294,3 +294,21 @@ def test_help_is_the_manual_and_quick() -> None:
     shown = subprocess.run([sys.executable, "-m", "goodfit", "--help"], capture_output=True, text=True, check=True).stdout
     for word in ("fit", "predict", "report", "list", "--debug", "--version", "EarlyStopping(20)"):
         assert word in shown
+
+
+def test_without_a_command_the_manual_is_shown(goodfit: Callable[..., Outcome]) -> None:
+    code, out, err = goodfit()
+    assert (code, err) == (0, "")
+    assert "Fit a network on a table" in out
+
+
+def test_ctrl_c_before_the_first_epoch_leaves_nothing_and_says_so(
+    goodfit: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("goodfit.loop._train", interrupted)
+    code, out, err = goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    assert (code, out, err.splitlines()[-1]) == (130, "", "goodfit: interrupted")
+    assert [p.name for p in Path().iterdir()] == ["churn.csv"]

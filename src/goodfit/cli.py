@@ -13,7 +13,7 @@ __all__ = ["main"]
 app = typer.Typer(
     help="Neither overfit nor underfit: regularized PyTorch networks, and what regularization did.",
     epilog="A cocktail is written as its regularizers: --cocktail 'L2(1e-4), Dropout(0.3), EarlyStopping(20)'.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -40,10 +40,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _goodfit(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, with any command.")] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -152,13 +154,16 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
     except Exception as wrong:
         if debug:
             raise
         _explain(wrong)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    if code == 130:
+        _fail("interrupted", 130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _explain(wrong: Exception) -> NoReturn:
