@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import random
 import socket
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -277,7 +280,69 @@ def test_a_changed_preprocessing_is_noticed(goodfit: Callable[..., Outcome]) -> 
     Path("run/preprocessing.json").write_text(json.dumps(saved))
     code, _, err = goodfit("predict", "run", "churn.csv", "-o", "o.csv")
     assert code == 2
+    assert "preprocessing.json is not the file that the fit wrote (SHA-256 differs)" in err
+    about = json.loads(Path("run/run.json").read_text())
+    about["sha256"]["preprocessing.json"] = hashlib.sha256(Path("run/preprocessing.json").read_bytes()).hexdigest()
+    Path("run/run.json").write_text(json.dumps(about))
+    code, _, err = goodfit("predict", "run", "churn.csv", "-o", "o.csv")
+    assert code == 2
     assert "encodes its sample rows otherwise" in err
+
+
+def test_weights_of_another_run_are_noticed(goodfit: Callable[..., Outcome]) -> None:
+    write("churn.csv", rows())
+    for name in "ab":
+        goodfit("fit", "churn.csv", "--target", "churn", "--out", name, "--seed", str(ord(name)), *FAST)
+    Path("a/weights.safetensors").write_bytes(Path("b/weights.safetensors").read_bytes())
+    assert goodfit("predict", "a", "churn.csv", "-o", "o.csv")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"threads": "x"}, {"network": {"inputs": 3, "outputs": 2, "width": 10**9, "depth": 2}}, {"reading": {"missing": 5}}],
+)
+def test_an_edited_run_is_one_line(goodfit: Callable[..., Outcome], edit: dict[str, object]) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    about = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps(about | edit))
+    code, _, err = goodfit("predict", "run", "churn.csv", "-o", "o.csv")
+    assert (code, err.count("\n")) == (2, 1), err
+
+
+def test_predict_tells_what_the_fit_had_not_seen(goodfit: Callable[..., Outcome]) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    _, _, err = goodfit(
+        "predict", "run", write("new.csv", [{**r, "city": "Atlantis", "age": ""} for r in rows(30)]), "-o", "o.csv"
+    )
+    assert "column city: 30 of 30 cells hold categories new or rare to the fit" in err
+    assert "column age: every cell is missing" in err
+
+
+def test_predictions_never_take_the_place_of_the_table(goodfit: Callable[..., Outcome]) -> None:
+    goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    before = Path("churn.csv").read_bytes()
+    assert goodfit("predict", "run", "churn.csv", "-o", "churn.csv")[0] == 2
+    assert Path("churn.csv").read_bytes() == before
+
+
+def test_the_report_speaks_of_the_weights_that_were_kept(goodfit: Callable[..., Outcome]) -> None:
+    draw = random.Random(0)
+    table = [{"a": draw.random(), "b": draw.random(), "y": draw.random()} for _ in range(60)]
+    goodfit("fit", write("noise.csv", table), "--target", "y", "--out", "run", "--cocktail", "L2(1e-6)", "--epochs", "40")
+    report = json.loads(Path("run/report.json").read_text())
+    losses = [row["valid_loss"] for row in report["history"]["regularized"]]
+    assert losses.index(min(losses)) + 1 < 40
+    assert report["best_epoch"] == 40
+
+
+def test_padded_text_predicts_the_same_from_csv_and_parquet(goodfit: Callable[..., Outcome]) -> None:
+    table = [{"c": "ab"[i % 2] + " ", "x": i % 7, "y": "uv"[i % 2]} for i in range(60)]
+    write("p.csv", table)
+    pq.write_table(pa.Table.from_pylist(table), "p.parquet")
+    goodfit("fit", "p.parquet", "--target", "y", "--out", "run", *FAST)
+    for name in ("p.csv", "p.parquet"):
+        assert goodfit("predict", "run", name, "-o", f"{name}.out.csv")[0] == 0
+    assert Path("p.csv.out.csv").read_bytes() == Path("p.parquet.out.csv").read_bytes()
 
 
 def test_no_command_opens_a_connection(goodfit: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "goodfit"
 FLOORS = [
-    {"errors", "schedules"},
+    {"errors", "schedules", "defaults"},
     {"hyper", "noise", "where", "tensors", "losses", "progress"},
     {"surgery"},
     {"phases", "rates"},

@@ -257,7 +257,7 @@ def test_rising_validation_loss_without_falling_training_loss_is_not_memorising(
 def test_it_warns_of_a_network_no_better_than_the_baseline_and_of_copied_rows() -> None:
     data = sample()
     text = Page(render(data)).text
-    assert "2 test rows are in the training rows too." in text
+    assert "2 test rows stand in an earlier part too." in text
     assert "no better than predicting" not in text
     data["baseline"]["valid"]["log_loss"] = 0.15
     assert "no better than predicting the class shares." in Page(render(data)).text

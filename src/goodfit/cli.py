@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+
+from goodfit.defaults import COCKTAIL
 
 __all__ = ["main"]
 
@@ -52,13 +55,13 @@ def _goodfit(
 def fit(
     data: Annotated[Path, typer.Argument(help="A table: .csv .tsv .parquet .feather .arrow, or .npz with X and y.")],
     target: Annotated[str, typer.Option(help="The column to predict.")],
-    cocktail: Annotated[str | None, typer.Option(help="The regularizers [default: see goodfit list].")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder to make [default: DATA-run].")] = None,
+    cocktail: Annotated[str, typer.Option(help="The regularizers; goodfit list shows all.")] = COCKTAIL,
+    out: Annotated[Path | None, typer.Option(help="The run folder to make [default: DATA-run, or DATA-run-2, ...].")] = None,
     task: Annotated[str | None, typer.Option(help="classes or numbers [default: by the target's values].")] = None,
     epochs: Annotated[int, typer.Option(help="At most so many passes over the training part.", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="Of the split, the start, the order and all noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split, the start, the order, all noise.", min=0, max=2**32 - 1)] = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Of torch; one is quick for small networks.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Of torch; one is quick for small networks.", min=1, max=256)] = 1,
     missing: Annotated[list[str] | None, typer.Option(help="A cell that means missing; may be repeated.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="A column to read as text; may be repeated.")] = None,
     numbers: Annotated[list[str] | None, typer.Option(help="A column to read as numbers; may be repeated.")] = None,
@@ -66,11 +69,11 @@ def fit(
     encoding: Annotated[str, typer.Option(help="Of a text file.")] = "utf-8",
 ) -> None:
     """Fit a network on a table; write a run folder and a report."""
-    from goodfit.job import DEFAULT, Settings, fit_table
+    from goodfit.job import Settings, fit_table
 
     reading: dict[str, Any] = {"encoding": encoding, "missing": missing, "text": text, "numbers": numbers, "drop": drop}
     settings = Settings(
-        cocktail=DEFAULT if cocktail is None else cocktail,
+        cocktail=cocktail,
         task=task,
         epochs=epochs,
         seed=seed,
@@ -94,8 +97,11 @@ def predict(
     output: Annotated[Path, typer.Option("--output", "-o", help="The CSV file to write.")],
 ) -> None:
     """Predict the target for the rows of a table."""
+    from goodfit.errors import GoodfitError
     from goodfit.job import predict_table
 
+    if output.exists() and data.exists() and output.samefile(data):
+        raise GoodfitError(f"-o must not be the table itself, got {str(output)!r}; give another file.")
     table = predict_table(run, data, _tell)
     _write_csv(table, output)
     typer.echo(f"{table.num_rows} predictions in {_printable(str(output))}")
@@ -138,10 +144,17 @@ def _write_csv(table: Any, output: Path) -> None:
 
     from goodfit.errors import GoodfitError
 
+    whole = output.exists() and not output.is_file()  # a device such as /dev/stdout cannot be replaced
+    draft = output if whole else output.parent / f".{output.name}.{os.getpid()}.draft"
     try:
-        write_csv(table, output)
+        write_csv(table, draft)
+        if draft != output:
+            draft.replace(output)
     except OSError as wrong:
         raise GoodfitError(f"{str(output)!r} cannot be written: {wrong.strerror or wrong}; give another -o.") from None
+    finally:
+        if draft != output:
+            draft.unlink(missing_ok=True)
 
 
 def _fail(line: str, code: int) -> NoReturn:
@@ -176,7 +189,7 @@ def _explain(wrong: Exception) -> NoReturn:
     if isinstance(wrong, GoodfitError):
         _fail(str(wrong), 2)
     if hasattr(wrong, "format_message"):
-        _fail(f"{wrong.format_message()} See goodfit --help.", 2)
+        _fail(f"{' '.join(wrong.format_message().split()).rstrip('.')}. See goodfit --help.", 2)
     _fail(f"{type(wrong).__name__}: {str(wrong).splitlines()[0] if str(wrong) else ''} (--debug shows where)", 1)
 
 

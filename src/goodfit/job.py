@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from goodfit.cocktail import Cocktail, parse
+from goodfit.defaults import COCKTAIL, DEPTH, WIDTH
 from goodfit.errors import GoodfitError
 from goodfit.fitting import Fit, fit
 from goodfit.losses import loss_of
+from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.report.evidence import weights_of
 from goodfit.report.render import render
 from goodfit.tabular.folder import claim, load_predictor, read_json, save_predictor, write_json, written_whole
@@ -28,10 +30,8 @@ from goodfit.tabular.read import read
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["DEFAULT", "Settings", "fit_table", "predict_table", "write_report"]
+__all__ = ["Settings", "fit_table", "predict_table", "write_report"]
 
-DEFAULT = "BatchNorm(), Dropout(0.2), WeightDecay(1e-2), EarlyStopping(20)"
-WIDTH, DEPTH = 256, 2
 PARTS = ("train", "valid", "test")
 Tell = Callable[[str], None]
 
@@ -43,7 +43,7 @@ class Settings:
     threads: of torch; one is quick for networks of this size, and two busy processes of two threads each ruin each other.
     """
 
-    cocktail: str = DEFAULT
+    cocktail: str = COCKTAIL
     task: str | None = None
     epochs: int = 200
     seed: int = 0
@@ -64,10 +64,12 @@ def fit_table(path: Path, target: str, out: Path, settings: Settings, tell: Tell
     with pinned(settings.threads):
         found = _train(data, cocktail, settings, settings.epochs)
         tell(f"ended after epoch {len(found.history)}: {found.stopped or 'the last one'}")
-        tell("the same network bare, to compare")
-        bare = _bare(data, settings, len(found.history), tell)
+        bare = None
+        if not found.stopped.startswith("interrupted"):
+            tell("the same network bare, to compare")
+            bare = _bare(data, settings, len(found.history), tell)
         story = _identity(path, data, cocktail, settings)
-        report = story | _results(data, found, bare) | {"cocktail": str(cocktail), "cocktail_repr": repr(cocktail)}
+        report = story | _results(data, found, bare, cocktail) | {"cocktail": str(cocktail), "cocktail_repr": repr(cocktail)}
         report["seconds"] = round(time.perf_counter() - started, 2)
         with written_whole(out) as folder:
             save_predictor(folder, found.model, data.encoder, data.answers, story | {"scores": report["scores"]})
@@ -82,9 +84,9 @@ def predict_table(folder: Path, path: Path, tell: Tell) -> pa.Table:
     """Predictions of a run folder's network for the rows of another table, in their order."""
     model, encoder, answers, about = load_predictor(folder)
     types = {c.name: c.type for c in encoder.columns if c.used}
-    kept = {key: about["reading"][key] for key in ("encoding", "missing") if key in about.get("reading", {})}
+    kept = {key: about["reading"][key] for key in ("encoding", "missing") if key in about["reading"]}
     table, notes = read(path, like=types, **kept)
-    for note in notes:
+    for note in dict.fromkeys([*notes, *encoder.strangers(table)]):
         tell(note)
     with pinned(about["threads"]):
         return answers.decode(outputs_of(model, encoder.transform(table)))
@@ -102,9 +104,10 @@ def _check(settings: Settings) -> None:
     if settings.task is not None:
         loss_of(settings.task)
     try:
-        torch.zeros(1, device=settings.device)
-    except (RuntimeError, AssertionError) as wrong:
-        why = str(wrong).splitlines()[0]
+        if torch.zeros(1, device=settings.device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as wrong:
+        why = f"{str(wrong).splitlines()[0]:.100}"
         raise GoodfitError(f"device must be one that torch has here, got {settings.device!r} ({why}); say cpu.") from None
 
 
@@ -130,7 +133,11 @@ def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int) -> F
 
 def _bare(data: Data, settings: Settings, epochs: int, tell: Tell) -> Fit | None:
     try:
-        return _train(data, Cocktail(), settings, epochs)
+        bare = _train(data, Cocktail(), settings, epochs)
+        if not bare.stopped:
+            return bare
+        tell(f"without a comparison: the bare network was {bare.stopped}")
+        return None
     except GoodfitError as wrong:
         tell(f"the bare network diverged: {wrong}")
         return None
@@ -157,7 +164,12 @@ def _identity(path: Path, data: Data, cocktail: Cocktail, settings: Settings) ->
     }
 
 
-def _results(data: Data, found: Fit, bare: Fit | None) -> dict[str, Any]:
+def _restores(cocktail: Cocktail) -> bool:
+    """Whether the weights of the best epoch are kept, not those of the last."""
+    return any(cocktail.of(EarlyStopping))
+
+
+def _results(data: Data, found: Fit, bare: Fit | None, cocktail: Cocktail) -> dict[str, Any]:
     """What came of it; here alone the test part is scored."""
     cocktail_scores = {part: _scores(data, found, part) for part in PARTS}
     return {
@@ -172,7 +184,7 @@ def _results(data: Data, found: Fit, bare: Fit | None) -> dict[str, Any]:
         },
         "baseline": {"valid": _baseline(data)},
         "history": {"regularized": found.history, "bare": [] if bare is None else bare.history},
-        "best_epoch": found.best_epoch,
+        "best_epoch": found.best_epoch if _restores(cocktail) else len(found.history),
         "stop_epoch": len(found.history),
         "stopped": found.stopped,
         "parameters": sum(p.numel() for p in found.model.parameters()),

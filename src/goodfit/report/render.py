@@ -16,6 +16,9 @@ MOST_CHARTS = 12
 _HIGHER = ("accuracy", "balanced_accuracy", "r2", "auc", "roc_auc", "f1")
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
+MARGIN = 0.02  # losses closer than this share count as equal: one split, one seed
+CLEARLY = 0.1  # the rise of a loss above its best that is called memorising
+
 
 def render(data: dict[str, Any]) -> str:
     """One self-contained HTML page: no script, no network, its numbers inside it as a JSON block too."""
@@ -143,15 +146,15 @@ def _verdict(data: dict[str, Any]) -> tuple[str, str]:
     scale = max(abs(best), abs(loss)) or 1.0
     gain, decline = (best - loss) / scale, (end - best) / scale
     text = f"{first}; the bare one’s best was {number(best)}, at epoch {best_epoch}"
-    if decline > 0.01:
+    if decline > MARGIN:
         text += f", and it ended at {number(end)}"
-        if _memorised(history["bare"], best_epoch):
+        if decline > CLEARLY and _memorised(history["bare"], best_epoch):
             text += f": it had started to memorise at epoch {best_epoch}"
-    if gain > 0.01:
+    if gain > MARGIN:
         return "Regularization helped.", text + "."
-    if gain < -0.01:
+    if gain < -MARGIN:
         return "Regularization did not help.", f"{text}. Stopped at its best epoch, the bare network is better."
-    if decline > 0.01:
+    if decline > MARGIN:
         return "Regularization made it no better.", f"{text}. Stopped at its best epoch, the bare network is as good."
     return "Regularization made no difference.", f"{text}. The bare network is as good."
 
@@ -175,5 +178,7 @@ def _warning(data: dict[str, Any]) -> str:
         simple = "the class shares" if data.get("task") == "classes" else "the mean"
         parts.append(f"On the validation rows the network is no better than predicting {simple}.")
     copies = [(name.lower(), count) for name, _, count in _splits(data) if finite(count) and count > 0]
-    parts += [f"{count:,} {name} {'row is' if count == 1 else 'rows are'} in the training rows too." for name, count in copies]
+    parts += [
+        f"{count:,} {name} {'row stands' if count == 1 else 'rows stand'} in an earlier part too." for name, count in copies
+    ]
     return " ".join(parts)

@@ -96,6 +96,17 @@ class Encoder:
             parts.append(self.onehot.transform(np.column_stack([texts_of(table, c) for c in self.categories])))
         return np.concatenate([part.astype(np.float32) for part in parts], axis=1)
 
+    def strangers(self, table: pa.Table) -> list[str]:
+        """What a table has that the training part had not: whole columns missing, categories never or rarely seen."""
+        used = [c.name for c in (*self.numbers, *self.categories) if table[c.name].null_count == table.num_rows]
+        found = [f"column {name}: every cell is missing" for name in used if table.num_rows]
+        for column, levels in zip(self.categories, self.levels, strict=True):
+            cells, known = texts_of(table, column), {*levels, ""}
+            new = sum(cell not in known for cell in cells)
+            if new:
+                found.append(f"column {column.name}: {new} of {len(cells)} cells hold categories new or rare to the fit")
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """All that `from_json` needs."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -32,17 +33,27 @@ def claim(out: Path) -> Path:
         raise GoodfitError(
             f"The run folder must not climb by '..', got {str(out)!r}; give an absolute path, or one below here."
         )
-    if out.exists() or out.is_symlink():
-        raise GoodfitError(f"The run folder {str(out)!r} exists already; give another --out, or remove it.")
-    if not out.absolute().parent.is_dir():
-        raise GoodfitError(f"The run folder {str(out)!r} needs a folder to be in, which does not exist; make it first.")
+    try:
+        if out.exists() or out.is_symlink():
+            raise GoodfitError(f"The run folder {str(out)!r} exists already; give another --out, or remove it.")
+        if not out.absolute().parent.is_dir():
+            raise GoodfitError(f"The run folder {str(out)!r} needs a folder to be in, which does not exist; make it first.")
+        probe = _draft(out)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as wrong:
+        raise GoodfitError(f"The run folder {out!s:.80} cannot be made: {wrong.strerror}; give another --out.") from None
     return out
+
+
+def _draft(out: Path) -> Path:
+    return out.absolute().parent / f".{out.name}.{os.getpid()}.draft"
 
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` at the end; after an error nothing is left of it."""
-    draft = out.absolute().parent / f".{out.name}.{os.getpid()}.draft"
+    draft = _draft(out)
     try:
         draft.mkdir()
         yield draft
@@ -61,7 +72,12 @@ def save_predictor(folder: Path, model: nn.Module, encoder: Encoder, answers: An
 
     (folder / WEIGHTS).write_bytes(save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}))
     write_json(folder / PREPROCESSING, encoder.to_json())
-    write_json(folder / RUN, {"format": FORMAT, **about, "answers": answers.to_json()})
+    sums = {name: _sum(folder / name) for name in (WEIGHTS, PREPROCESSING)}
+    write_json(folder / RUN, {"format": FORMAT, **about, "answers": answers.to_json(), "sha256": sums})
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_predictor(folder: Path) -> tuple[nn.Module, Encoder, Answers, dict[str, Any]]:
@@ -73,13 +89,21 @@ def load_predictor(folder: Path) -> tuple[nn.Module, Encoder, Answers, dict[str,
     if about.get("format") != FORMAT:
         got = about.get("format")
         raise GoodfitError(f"{folder / RUN} must have format {FORMAT}, got {got!r}; read it with the goodfit that wrote it.")
+    for name in (WEIGHTS, PREPROCESSING):
+        if not (folder / name).is_file() or about.get("sha256", {}).get(name) != _sum(folder / name):
+            raise GoodfitError(f"{folder / name} is not the file that the fit wrote (SHA-256 differs); fit again.")
     encoder, answers = Encoder.from_json(read_json(folder / PREPROCESSING)), Answers.from_json(about.get("answers", {}))
     try:
         shape = {key: int(about["network"][key]) for key in ("inputs", "outputs", "width", "depth")}
+        if not all(1 <= n <= 10**6 for n in shape.values()) or shape["depth"] > 100:
+            raise ValueError(f"its sizes {shape}")
         model, cocktail = mlp(**shape), parse(about["cocktail"])
         rebuild(model, cocktail, shape["inputs"])
         model.load_state_dict(load_file(folder / WEIGHTS))
-        about["threads"] = max(1, int(about["threads"]))
+        about["threads"] = min(max(1, int(about["threads"])), 256)
+        reading = about["reading"]
+        if not isinstance(reading, dict) or not all(isinstance(m, str) for m in reading.get("missing", [])):
+            raise ValueError("reading")
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as wrong:
         line = str(wrong).split("\n")[0][:200]
         raise GoodfitError(f"The network in {str(folder)!r} cannot be read ({line}); fit again.") from None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["infer", "narrow"]
 
-_GAPS = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "none", "?", "-", "#N/A")
+_GAPS = ("", "NA", "N/A", "n/a", "na", "NaN", "nan", "null", "NULL", "None", "none", "?", "-", "#N/A")
 _TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 _TIME = r"\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?"
 _NAIVE = rf"^\d{{4}}-\d{{2}}-\d{{2}}([T ]{_TIME})?$"
@@ -45,6 +45,7 @@ def infer(name: str, cells: pa.ChunkedArray, rules: Rules, notes: Notes) -> pa.C
 def narrow(name: str, column: pa.ChunkedArray, rules: Rules, notes: Notes) -> pa.ChunkedArray:
     """The column `name` of a typed file, in one of the five types."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     is_, kind = pa.types, column.type
     if isinstance(kind, pa.BaseExtensionType):
@@ -54,7 +55,7 @@ def narrow(name: str, column: pa.ChunkedArray, rules: Rules, notes: Notes) -> pa
         return narrow(name, plain.cast(pa.string()) if is_.is_integer(kind.value_type) else plain, rules, notes)
     string = is_.is_string(kind) or is_.is_large_string(kind) or is_.is_string_view(kind)
     if string or (name in rules.text and is_.is_primitive(kind)):
-        text = without(column.cast(pa.string()), rules.missing)
+        text = without(pc.utf8_trim_whitespace(column.cast(pa.string())), rules.missing)
         return infer(name, text.fill_null(""), rules, notes) if name in rules.numbers else text
     if is_.is_null(kind):
         notes.add(name, "every cell is missing")
