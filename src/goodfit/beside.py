@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from goodfit import rates
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.hooks import lacking
 from goodfit.phases import Gradient, Penalty, Step
 from goodfit.plan import Plan
 from goodfit.regularizers.shrinkage import L2, WeightDecay
@@ -121,14 +122,13 @@ class Beside:
 
     def cover(self) -> None:
         """Refuse optimizers that lack a trainable parameter: made before the model was built, say."""
-        held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        for name, p in self.plan.model.named_parameters():
-            if p.requires_grad and id(p) not in held:
-                raise GoodfitError(
-                    f"The optimizer lacks the trainable parameter {name}: make it after the run, as in "
-                    "run = Run(cocktail, model, example=x); optimizer = AdamW(model.parameters()); or freeze the parameter; "
-                    "several optimizers go in together: run.attach(a, b)."
-                )
+        name = lacking(self.plan.model, self.optimizers)
+        if name is not None:
+            raise GoodfitError(
+                f"The optimizer lacks the trainable parameter {name}: make it after the run, as in "
+                "run = Run(cocktail, model, example=x); optimizer = AdamW(model.parameters()); or freeze the parameter; "
+                "several optimizers go in together: run.attach(a, b)."
+            )
         self.covered = True
 
     def _names(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:

@@ -14,6 +14,7 @@ from torch.optim import LBFGS, AdamW, Optimizer
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.data import batches_of, peek, to_device
 from goodfit.errors import GoodfitError
+from goodfit.hooks import lacking
 from goodfit.hyper import hypers
 from goodfit.loop import LossFunction, Prepare, evaluate, train_epochs
 from goodfit.losses import loss_of, task_of
@@ -113,24 +114,23 @@ def _home(model: Any, device: torch.device | str | None) -> torch.device:
 
 
 def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise GoodfitError(f"{type(model).__name__} has no trainable parameter; unfreeze some.")
     if given is None:
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters.values())
-        return AdamW(parameters.values(), lr=1e-3, weight_decay=0.0, fused=fused)
-    made = given if isinstance(given, Optimizer) else given(list(parameters.values())) if callable(given) else given
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+        return AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=fused)
+    made = given if isinstance(given, Optimizer) else given(parameters) if callable(given) else given
     if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
         raise GoodfitError(
             f"optimizer must be one that steps without a closure, or a function from parameters to one, got {made!r}."
         )
-    held = {id(p) for group in made.param_groups for p in group["params"]}
-    for name, p in parameters.items():
-        if id(p) not in held:
-            raise GoodfitError(
-                f"The optimizer lacks the trainable parameter {name}; give fit a function that makes it from the parameters, "
-                "as in optimizer=lambda parameters: SGD(parameters, lr=0.1), or freeze the parameter."
-            )
+    name = lacking(model, [made])
+    if name is not None:
+        raise GoodfitError(
+            f"The optimizer lacks the trainable parameter {name}; give fit a function that makes it from the parameters, "
+            "as in optimizer=lambda parameters: SGD(parameters, lr=0.1), or freeze the parameter."
+        )
     return made
 
 

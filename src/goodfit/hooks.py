@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from torch import nn
 from torch.optim import Optimizer
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["hook", "unwrapped"]
+__all__ = ["hook", "lacking", "unwrapped"]
 
 Closure = Callable[[], Any]
 
@@ -38,6 +39,12 @@ def hook(run: Steps, optimizer: Optimizer) -> None:
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
+
+
+def lacking(model: nn.Module, optimizers: Iterable[Optimizer]) -> str | None:
+    """The first trainable parameter of the model that none of the optimizers holds."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return next((name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held), None)
 
 
 def unwrapped(optimizer: Any) -> Optimizer:

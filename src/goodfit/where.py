@@ -20,8 +20,8 @@ from goodfit.errors import GoodfitError
 
 __all__ = ["Where", "biases", "embeddings", "everything", "kernels", "named", "norms", "roles"]
 
-_KERNELS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+KERNELS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Where(ABC):
@@ -148,11 +148,11 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
 
 
 def _role(module: nn.Module, local: str, parameter: Tensor) -> str:
-    if isinstance(module, _NORMS):
+    if isinstance(module, NORMS):
         return "norm"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
-    if isinstance(module, _KERNELS):
+    if isinstance(module, KERNELS):
         return "bias" if "bias" in local else "kernel"
     if "bias" in local.split("_"):
         return "bias"

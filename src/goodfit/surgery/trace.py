@@ -13,17 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from goodfit.errors import GoodfitError
+from goodfit.where import KERNELS, NORMS
 
 __all__ = ["Call", "call_model", "evaluating", "flow", "training"]
 
-_KERNELS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 # names of torch functions, whichever module defines them, without the underscores of in-place and private ones
 _ACTIVATIONS = {"celu", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"}
 _ACTIVATIONS |= {"mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign"}
@@ -113,12 +110,12 @@ def flow(model: nn.Module, example: Any) -> list[Call]:
 def _kind_of(module: nn.Module) -> str:
     """A layer that torch does not define is a kernel by a weight of two axes, and a norm by its class name."""
     leaf = not any(module.children())
-    if isinstance(module, _NORMS) or (leaf and "norm" in type(module).__name__.lower()):
+    if isinstance(module, (*NORMS, nn.LocalResponseNorm)) or (leaf and "norm" in type(module).__name__.lower()):
         return "norm"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return ""
     owns_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
-    return "kernel" if isinstance(module, _KERNELS) or (leaf and owns_matrix) else ""
+    return "kernel" if isinstance(module, KERNELS) or (leaf and owns_matrix) else ""
 
 
 @dataclass
