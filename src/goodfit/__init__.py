@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.fitting import Fit as Fit, fit as fit
+    from goodfit.paths.path import path as path
+    from goodfit.paths.result import Path as Path
     from goodfit.regularizers.batchnorm import BatchNorm as BatchNorm
     from goodfit.regularizers.dropout import Dropout as Dropout
     from goodfit.regularizers.early_stopping import EarlyStopping as EarlyStopping
@@ -32,9 +34,11 @@ _NAMES = {
     "Fit": "fitting",
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
+    "Path": "paths.result",
     "Run": "run",
     "fit": "fitting",
     "parse": "cocktail",
+    "path": "paths.path",
 }
 
 

@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from goodfit.errors import GoodfitWarning
 from goodfit.paths.problem import Problem, tensors
-from goodfit.phases import Batch, Build, Gradient, Loss, Regularizer, Step
+from goodfit.phases import Batch, Build, Gradient, Loss
 from goodfit.run import Run
 from goodfit.surgery.trace import call_model
 
@@ -71,7 +71,7 @@ class Descent:
         self.chosen = problem.penalised(model)
         self.shift = self._shift(model, x)
         self.x = x if self.shift is None else x - self.shift
-        self.curvature = self._curvature(model)
+        self.curvature, self.scale = self._curvature(model), 1.0
         self.null, self.slopes = self._at_zero()
         self.scale = max((float(s.abs().max()) for s in self.slopes.values()), default=1.0) or 1.0
 
@@ -102,13 +102,21 @@ class Descent:
             yield self._back(run.model)
 
     def _stays(self, lam: float) -> bool:
-        one = self.problem.at(lam)
-        assert isinstance(one, Step)
-        unit = dict.fromkeys(self.slopes, torch.ones((), dtype=torch.float64))
-        reach = {n: u * torch.inf for n, u in unit.items()}
-        zeros = {n: torch.zeros_like(s) for n, s in self.slopes.items()}
-        moved, _ = one.step({n: -s for n, s in self.slopes.items()}, reach, unit, one.init(zeros, {}))
-        return not any(w.any() for w in moved.values())
+        run = self.problem.run(lam)
+        run.model.load_state_dict(self.null)
+        self._step(run, SGD([p for p in run.model.parameters() if p.requires_grad], lr=1 / self.curvature))
+        return not any(run.model.get_parameter(n).any() for n in self.chosen)
+
+    def _step(self, run: Run, optimizer: SGD) -> list[Tensor]:
+        """One step of the reference loop; the slopes of the loss before it."""
+        optimizer.zero_grad()
+        torch.autograd.backward(run.loss(*run.batch(self.x, self.y)))
+        free = optimizer.param_groups[0]["params"]
+        slopes = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in free]
+        run.gradient(optimizer)
+        optimizer.step()
+        run.step(optimizer)
+        return slopes
 
     def _at_zero(self) -> tuple[Weights, Weights]:
         """The state with all penalised weights at zero and the others at their optimum, and the slopes of the loss there."""
@@ -129,21 +137,19 @@ class Descent:
         """Go on until a step no longer moves the weights."""
         free = [p for p in run.model.parameters() if p.requires_grad]
         optimizer = SGD(free, lr=1 / self.curvature)
-        enough = max(1e-8, 8 * torch.finfo(free[0].dtype).eps) * getattr(self, "scale", 1.0)
+        eps = torch.finfo(free[0].dtype).eps
+        enough, rounding = (share * self.scale for share in (max(1e-8, 8 * eps), 1e4 * eps))
         last, before, momentum = _copies(free), None, 1.0
         for _ in range(MOST):
             start = _copies(free)
-            optimizer.zero_grad()
-            torch.autograd.backward(run.loss(*run.batch(self.x, self.y)))
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in free]
-            bent = 0.0 if before is None else _ratio(_less(grads, before[1]), _less(start, before[0]))
-            if bent > self.curvature * (1 + 1e-6):
-                self.curvature, momentum = bent, 1.0
-                optimizer.param_groups[0]["lr"] = 1 / bent
-            before = start, grads
-            run.gradient(optimizer)
-            optimizer.step()
-            run.step(optimizer)
+            slopes = self._step(run, optimizer)
+            if before is not None:
+                gap = _size(_less(start, before[0]))
+                bent = _size(_less(slopes, before[1])) / gap if gap * self.curvature > rounding else 0.0
+                if bent > self.curvature * (1 + 1e-6):
+                    self.curvature, momentum = bent, 1.0
+                    optimizer.param_groups[0]["lr"] = 1 / bent
+            before = start, slopes
             now = _copies(free)
             if max(float(d.abs().max()) for d in _less(now, start)) * self.curvature <= enough:
                 return
@@ -166,10 +172,9 @@ class Descent:
         v = [torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p) for p in free]
         found = 0.0
         for _ in range(30):
-            size = math.sqrt(sum(float(t.square().sum()) for t in v))
-            v = [t / size for t in v]
-            v = list(torch.autograd.grad(slopes, free, v, retain_graph=True))
-            found = math.sqrt(sum(float(t.square().sum()) for t in v))
+            size = _size(v)
+            v = list(torch.autograd.grad(slopes, free, [t / size for t in v], retain_graph=True))
+            found = _size(v)
             if not found or not math.isfinite(found):
                 return 1.0
         return found
@@ -197,6 +202,5 @@ def _less(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
-def _ratio(a: list[Tensor], b: list[Tensor]) -> float:
-    above, below = (sum(float(t.square().sum()) for t in side) for side in (a, b))
-    return math.sqrt(above / below) if below > 0 else 0.0
+def _size(parts: list[Tensor]) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for t in parts))

@@ -28,7 +28,7 @@ Build = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything but the data. stopping: how long the dense start goes on. example: an input batch."""
+    """Everything but the data. stopping: how long the dense start goes on. example, targets: a batch."""
 
     build: Build
     over: Regularizer
@@ -42,6 +42,7 @@ class Problem:
     seed: int
     home: torch.device
     example: Any
+    targets: Tensor
 
     @property
     def switch(self) -> str:
