@@ -116,7 +116,9 @@ class Course:
         ascent = Ascent(self.problem, training, self._batches(held, "valid"))
         self.dense.append(ascent.dense)
         most = 2 * self.count + 20
-        grid = lams or (climbing(*ascent.range(), self.count) if self.problem.selects else known_range(self.problem, self.count))
+        grid = lams or (
+            climbing(*ascent.range(), self.count) if self.problem.selects else known_range(self.problem, self.count)
+        )
         for lam, state in ascent.upward(grid if lams else islice(grid, most)):
             yield lam, state
             if self.problem.selects and self._zeros(state) == 1:

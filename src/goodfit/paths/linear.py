@@ -32,7 +32,9 @@ def is_linear(problem: Problem) -> bool:
     The types of the modules must say so, and then a test: a function in `forward` has no module.
     """
     model, x = problem.fresh().eval(), problem.example
-    if not isinstance(x, Tensor) or any(isinstance(r, Build | Batch | Loss | Gradient) for r in (*problem.cocktail, problem.over)):
+    if not isinstance(x, Tensor) or any(
+        isinstance(r, Build | Batch | Loss | Gradient) for r in (*problem.cocktail, problem.over)
+    ):
         return False
     leaves = [m for m in model.modules() if not list(m.children())]
     layers = [m for m in leaves if isinstance(m, nn.Linear | _ConvNd)]
@@ -45,9 +47,7 @@ def is_linear(problem: Problem) -> bool:
 def _affine(model: nn.Module, x: Tensor) -> bool:
     """Whether the outputs at the sum of two weights are the sum of the outputs."""
     draw = torch.Generator().manual_seed(0)
-    one, other = (
-        {n: torch.randn(p.shape, generator=draw).to(p) for n, p in model.named_parameters()} for _ in range(2)
-    )
+    one, other = ({n: torch.randn(p.shape, generator=draw).to(p) for n, p in model.named_parameters()} for _ in range(2))
     both = {n: one[n] + other[n] for n in one}
     with torch.no_grad():
         parts = [functional_call(model, w, (x,)) for w in (one, other, both)]
@@ -60,8 +60,9 @@ class Descent:
     """The reference loop on all rows at once: one optimizer step with its proximal step is a map, which is accelerated.
 
     SGD without momentum at the rate 1/L makes the map that of Beck and Teboulle 2009; their extrapolation goes between its
-    steps, and starts anew where it points uphill (O'Donoghue and Candes 2015). L, the curvature of the loss, starts from
-    power iteration, and grows where two gradients show a larger one.
+    steps, and starts anew where it points uphill (O'Donoghue and Candes 2015). Each tensor has its own L, the curvature of
+    the loss along it by power iteration, since a bias and the weights of small inputs differ by orders; `stretch` is the
+    factor that bounds all of them together, which grows where two gradients show a larger one.
     """
 
     def __init__(self, problem: Problem, x: Tensor, y: Tensor) -> None:
@@ -71,7 +72,8 @@ class Descent:
         self.chosen = problem.penalised(model)
         self.shift = self._shift(model, x)
         self.x = x if self.shift is None else x - self.shift
-        self.curvature, self.scale = self._curvature(model), 1.0
+        self.scale, self.stretch = 1.0, 1.0
+        self.curvature = self._curvatures(model)
         self.null, self.slopes = self._at_zero()
         self.scale = max((float(s.abs().max()) for s in self.slopes.values()), default=1.0) or 1.0
 
@@ -104,14 +106,18 @@ class Descent:
     def _stays(self, lam: float) -> bool:
         run = self.problem.run(lam)
         run.model.load_state_dict(self.null)
-        self._step(run, SGD([p for p in run.model.parameters() if p.requires_grad], lr=1 / self.curvature))
+        self._step(run, self._optimizer(run.model))
         return not any(run.model.get_parameter(n).any() for n in self.chosen)
+
+    def _optimizer(self, model: nn.Module) -> SGD:
+        free = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        return SGD([{"params": [p], "lr": 1 / (self.stretch * self.curvature[n])} for n, p in free.items()])
 
     def _step(self, run: Run, optimizer: SGD) -> list[Tensor]:
         """One step of the reference loop; the slopes of the loss before it."""
         optimizer.zero_grad()
         torch.autograd.backward(run.loss(*run.batch(self.x, self.y)))
-        free = optimizer.param_groups[0]["params"]
+        free = [p for group in optimizer.param_groups for p in group["params"]]
         slopes = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in free]
         run.gradient(optimizer)
         optimizer.step()
@@ -136,48 +142,48 @@ class Descent:
     def _settle(self, run: Run, told: str) -> None:
         """Go on until a step no longer moves the weights."""
         free = [p for p in run.model.parameters() if p.requires_grad]
-        optimizer = SGD(free, lr=1 / self.curvature)
+        along = [self.curvature[n] for n, p in run.model.named_parameters() if p.requires_grad]
+        optimizer = self._optimizer(run.model)
         eps = torch.finfo(free[0].dtype).eps
-        enough, rounding = (share * self.scale for share in (max(1e-8, 8 * eps), 1e4 * eps))
+        enough, rounding = (share * self.scale for share in (max(1e-7, 8 * eps), 1e4 * eps))
         last, before, momentum = _copies(free), None, 1.0
         for _ in range(MOST):
             start = _copies(free)
             slopes = self._step(run, optimizer)
             if before is not None:
-                gap = _size(_less(start, before[0]))
-                bent = _size(_less(slopes, before[1])) / gap if gap * self.curvature > rounding else 0.0
-                if bent > self.curvature * (1 + 1e-6):
-                    self.curvature, momentum = bent, 1.0
-                    optimizer.param_groups[0]["lr"] = 1 / bent
+                gap, bent = _less(start, before[0]), _less(slopes, before[1])
+                bend = _ratio(bent, gap, along)
+                if (
+                    bend > self.stretch * (1 + 1e-6)
+                    and max(c * float(g.abs().max()) for c, g in zip(along, gap, strict=True)) > rounding
+                ):
+                    self.stretch, momentum = bend, 1.0
+                    for c, group in zip(along, optimizer.param_groups, strict=True):
+                        group["lr"] = 1 / (bend * c)
             before = start, slopes
             now = _copies(free)
-            if max(float(d.abs().max()) for d in _less(now, start)) * self.curvature <= enough:
+            step = _less(now, start)
+            if self.stretch * max(c * float(s.abs().max()) for c, s in zip(along, step, strict=True)) <= enough:
                 return
-            uphill = sum(float((a * b).sum()) for a, b in zip(_less(start, now), _less(now, last), strict=True)) > 0
+            moved = _less(now, last)
+            uphill = sum(c * float((s * m).sum()) for c, s, m in zip(along, step, moved, strict=True)) < 0
             momentum, old = (1.0, 1.0) if uphill else ((1 + math.sqrt(1 + 4 * momentum**2)) / 2, momentum)
             with torch.no_grad():
-                for p, n, moved in zip(free, now, _less(now, last), strict=True):
-                    p.copy_(n + (old - 1) / momentum * moved)
+                for p, n, m in zip(free, now, moved, strict=True):
+                    p.copy_(n + (old - 1) / momentum * m)
             last = now
         with torch.no_grad():
             for p, n in zip(free, last, strict=True):
                 p.copy_(n)
         warnings.warn(f"The linear model under {told} still moved after {MOST} steps; scale its inputs.", GoodfitWarning, 2)
 
-    def _curvature(self, model: nn.Module) -> float:
-        """The largest eigenvalue of the loss's Hessian where the model starts."""
-        free = [p for p in model.parameters() if p.requires_grad]
-        slopes = torch.autograd.grad(self.problem.measure(call_model(model, self.x), self.y), free, create_graph=True)
+    def _curvatures(self, model: nn.Module) -> dict[str, float]:
+        """The largest eigenvalue of the loss's Hessian along each tensor, where the model starts."""
+        free = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        loss = self.problem.measure(call_model(model, self.x), self.y)
+        slopes = torch.autograd.grad(loss, list(free.values()), create_graph=True)
         draw = torch.Generator().manual_seed(0)
-        v = [torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p) for p in free]
-        found = 0.0
-        for _ in range(30):
-            size = _size(v)
-            v = list(torch.autograd.grad(slopes, free, [t / size for t in v], retain_graph=True))
-            found = _size(v)
-            if not found or not math.isfinite(found):
-                return 1.0
-        return found
+        return {n: _bend(s, p, draw) for (n, p), s in zip(free.items(), slopes, strict=True)}
 
     def _shift(self, model: nn.Module, x: Tensor) -> Tensor | None:
         """The columns' means where a free bias can take them over: the same optimum, better conditioned."""
@@ -202,5 +208,19 @@ def _less(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
-def _size(parts: list[Tensor]) -> float:
-    return math.sqrt(sum(float(t.square().sum()) for t in parts))
+def _ratio(bent: list[Tensor], gap: list[Tensor], along: list[float]) -> float:
+    """How much more the slope has changed than the curvatures say."""
+    above = sum(float(b.square().sum()) / c for b, c in zip(bent, along, strict=True))
+    below = sum(float(g.square().sum()) * c for g, c in zip(gap, along, strict=True))
+    return math.sqrt(above / below) if below > 0 else 0.0
+
+
+def _bend(slope: Tensor, p: Tensor, draw: torch.Generator) -> float:
+    """The largest eigenvalue of the Hessian along one tensor, by power iteration."""
+    v, found = torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p), 0.0
+    for _ in range(30):
+        (v,) = torch.autograd.grad(slope, p, v / v.norm(), retain_graph=True)
+        found = float(v.norm())
+        if not found or not math.isfinite(found):
+            return 1.0
+    return found
