@@ -16,7 +16,7 @@ from goodfit.phases import Penalty, Regularizer
 class Mine(Penalty):
     lam: float = hyper(0.1, valid="[0, inf)", off=0.0, low=0.1, high=1.0)
 
-    def penalty(self, weights: object) -> torch.Tensor:
+    def penalty(self, weights: object, state: object) -> torch.Tensor:
         return torch.zeros(())
 
 
@@ -28,8 +28,8 @@ WRONG = {
     "L2(lam=1, lam=2)": "reads like|twice",
     "L2(1, 2, 3)": "takes",
     "L2(lma=1)": "did you mean lam",
-    "L2(1 + 1)": "numbers, schedules and selectors, got '1 \\+ 1'",
-    "L2(print('x'))": "numbers, schedules and selectors",
+    "L2(1 + 1)": "numbers, schedules, selectors, groups and factors, got '1 \\+ 1'",
+    "L2(print('x'))": "numbers, schedules, selectors, groups and factors",
     "L2(**{'lam': 1})": "has no number",
     "L2(0.1, where=kernel)": "did you mean kernels",
     "L2(0.1, where=kernels & 3)": "combine selectors",

@@ -34,7 +34,7 @@ def test_the_page_on_regularizers_runs_too() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "regularizers.md").read_text(), re.DOTALL)
     world: dict[str, object] = {"__name__": "page"}
     exec(compile(blocks[0], "regularizers.md", "exec", dont_inherit=True), world)
-    assert gf.parse("Quartic(0.2)", own=[world["Quartic"]])[0].slope({"w": torch.ones(1)})["w"] == 0.2
+    assert gf.parse("Quartic(0.2)", own=[world["Quartic"]])[0].slope({"w": torch.ones(1)}, {})["w"] == 0.2
 
 
 def test_every_public_name_stands_on_a_page() -> None:
@@ -66,4 +66,4 @@ def test_no_module_hides_a_public_name() -> None:
         if "__main__" not in module.name:
             importlib.import_module(module.name)
     modules = {name for name in dir(gf) if isinstance(getattr(gf, name), types.ModuleType)}
-    assert modules == {"hyper", "phases", "schedules", "surgery", "where"}
+    assert modules == {"convert", "factors", "groups", "hyper", "phases", "schedules", "surgery", "where"}

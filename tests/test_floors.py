@@ -13,15 +13,15 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "goodfit"
 FLOORS = [
     {"errors", "schedules", "defaults"},
-    {"hyper", "noise", "where", "tensors", "losses", "progress"},
+    {"hyper", "noise", "where", "axes", "factors", "groups", "tensors", "losses", "progress"},
     {"surgery"},
     {"phases", "rates"},
     {"regularizers"},
     {"cocktail"},
-    {"plan", "hooks"},
+    {"plan", "hooks", "convert"},
     {"beside"},
     {"run"},
-    {"data", "loop"},
+    {"data", "loop", "explanation"},
     {"fitting"},
     {"tabular", "report"},
     {"paths"},

@@ -50,8 +50,8 @@ def results(one: Regularizer) -> dict[str, torch.Tensor]:
     if isinstance(one, Loss):
         out["loss"] = one.loss(torch.tensor(0.05, dtype=torch.float64), X[:, 0], Y)
     if isinstance(one, Penalty):
-        out["penalty"] = one.penalty(W)
-        out |= {f"slope.{n}": s for n, s in one.slope(W).items()}
+        out["penalty"] = one.penalty(W, state)
+        out |= {f"slope.{n}": s for n, s in one.slope(W, state).items()}
     if isinstance(one, Gradient):
         grads, state = one.gradient(G, W, state, lambda w: {n: 2 * t for n, t in w.items()})
         out |= {f"gradient.{n}": g for n, g in grads.items()}
@@ -194,7 +194,7 @@ def test_5_shape_dtype_and_device_are_kept(kind: type[Regularizer], dtype: torch
     if isinstance(one, Batch):
         moved, weights = {"x": one.batch(X.to(dtype), Y, Noise(1, "x"))[0]}, {"x": X.to(dtype)}
     if isinstance(one, Penalty):
-        moved = one.slope(weights)
+        moved = one.slope(weights, state)
     if isinstance(one, Gradient):
         moved, _ = one.gradient(grads, weights, state, lambda w: dict(w))
     if isinstance(one, Step):
@@ -258,8 +258,9 @@ def test_7_the_docstring_has_its_parts_and_its_example_runs(kind: type[Regulariz
 
 @pytest.mark.parametrize("kind", [k for k in ALL.values() if issubclass(k, Penalty)], ids=lambda k: k.__name__)
 def test_8_the_slope_is_the_gradient_of_the_penalty(kind: type[Penalty]) -> None:
-    by_autograd = torch.func.grad(kind().penalty)(W)
-    for name, slope in kind().slope(W).items():
+    state = kind().init({n: w / 2 for n, w in W.items()}, B)
+    by_autograd = torch.func.grad(kind().penalty)(W, state)
+    for name, slope in kind().slope(W, state).items():
         torch.testing.assert_close(slope, by_autograd[name], rtol=1e-14, atol=1e-14)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from goodfit.hyper import hyper
-from goodfit.phases import Penalty, Weights
+from goodfit.phases import Penalty, State, Weights
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Cosy(Penalty):
 
     Formula: lam · Σ log cosh w. Phase: Penalty. Numbers: lam, >= 0, off at 0. Errors: lam < 0. Source: Nobody 2026.
 
-    >>> Cosy(2.0).penalty({"w": torch.zeros(3)})
+    >>> Cosy(2.0).penalty({"w": torch.zeros(3)}, {})
     tensor(0.)
     """
 
     lam: float = hyper(0.5, valid="[0, inf)", off=0.0, low=0.1, high=1.0)
 
-    def penalty(self, weights: Weights) -> Tensor:
+    def penalty(self, weights: Weights, state: State) -> Tensor:
         return self.lam * torch.stack([w.cosh().log().sum() for w in weights.values()]).sum()
 '''
 

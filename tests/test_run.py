@@ -243,7 +243,7 @@ def test_the_penalty_is_told_apart_from_the_loss() -> None:
     run = gf.Run(gf.Cocktail(gf.L2(0.1), Quartic(0.4), gf.L1(0.5)), model, loss=F.mse_loss)
     x, y = torch.tensor([[1.0, 1.0], [0.0, 1.0]]), torch.tensor([[1.0], [1.0]])
     assert run.loss(x, y).item() == (2.0**2 + 1.0**2) / 2
-    assert run.penalty() == pytest.approx(0.1 / 2 * 5 + 0.4 / 4 * 17, rel=1e-14)
+    assert run.penalty() == pytest.approx(0.1 / 2 * 5 + 0.4 / 4 * 17 + 0.5 * 3, rel=1e-14)
 
 
 def test_loss_regularizers_act_on_the_loss_and_batch_regularizers_on_the_batch() -> None:

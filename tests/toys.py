@@ -51,13 +51,13 @@ class Quartic(Penalty):
 
     Formula: lam/4 · Σ w⁴. Phase: Penalty. Numbers: lam >= 0, off at 0. Errors: none. Source: this test.
 
-    >>> Quartic(1.0).slope({"w": torch.tensor([2.0])})["w"]
+    >>> Quartic(1.0).slope({"w": torch.tensor([2.0])}, {})["w"]
     tensor([8.])
     """
 
     lam: float = hyper(0.1, valid="[0, inf)", off=0.0, low=1e-3, high=1.0, log=True)
 
-    def penalty(self, weights: Any) -> Tensor:
+    def penalty(self, weights: Any, state: Any) -> Tensor:
         return self.lam / 4 * torch.stack([w.pow(4).sum() for w in weights.values()]).sum()
 
 

@@ -3,9 +3,9 @@
     import goodfit as gf
     run = gf.Run(gf.Cocktail(gf.L2(1e-4), gf.Dropout(0.2)), model, example=x)
 
-Every regularizer is here by its name; the rest is in `gf.where`, `gf.schedules`,
-`gf.phases` and `gf.hyper`. Nothing is imported before
-it is used.
+Every regularizer is here by its name; what they are told is in `gf.where`, `gf.groups`, `gf.factors` and `gf.schedules`,
+what they mean elsewhere in `gf.convert`, what they are made of in `gf.phases` and `gf.hyper`. Nothing is imported before it
+is used.
 """
 
 from __future__ import annotations
@@ -14,28 +14,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from goodfit import hyper as hyper, phases as phases, schedules as schedules, surgery as surgery, where as where
+    from goodfit import (
+        convert as convert,
+        factors as factors,
+        groups as groups,
+        hyper as hyper,
+        phases as phases,
+        schedules as schedules,
+        surgery as surgery,
+        where as where,
+    )
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
+    from goodfit.explanation import Explanation as Explanation, explain as explain
     from goodfit.fitting import Fit as Fit, fit as fit
     from goodfit.paths.path import path as path
     from goodfit.paths.result import Path as Path
     from goodfit.regularizers.batchnorm import BatchNorm as BatchNorm
+    from goodfit.regularizers.constraints import MaxNorm as MaxNorm
     from goodfit.regularizers.dropout import Dropout as Dropout
     from goodfit.regularizers.early_stopping import EarlyStopping as EarlyStopping
-    from goodfit.regularizers.shrinkage import L1 as L1, L2 as L2, WeightDecay as WeightDecay
+    from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
+    from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet, GroupLasso as GroupLasso
     from goodfit.run import Run as Run
 
 __version__ = "0.1.0"
 
-_MODULES = ("hyper", "phases", "schedules", "surgery", "where")
+_MODULES = ("convert", "factors", "groups", "hyper", "phases", "schedules", "surgery", "where")
 _NAMES = {
     "Cocktail": "cocktail",
+    "Explanation": "explanation",
     "Fit": "fitting",
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
     "Path": "paths.result",
     "Run": "run",
+    "explain": "explanation",
     "fit": "fitting",
     "parse": "cocktail",
     "path": "paths.path",

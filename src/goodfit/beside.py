@@ -15,7 +15,7 @@ from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hooks import lacking
 from goodfit.phases import Gradient, Penalty, Step
 from goodfit.plan import Plan
-from goodfit.regularizers.shrinkage import L2, WeightDecay
+from goodfit.regularizers.shrinkage import L2, L2SP, WeightDecay
 from goodfit.tensors import load_tensors
 
 __all__ = ["Beside"]
@@ -39,9 +39,10 @@ class Beside:
         self._live[id(optimizer)] = live
         uphill = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
         for key, one in self.plan.of(Penalty):
-            chosen = {n: live[n].detach() for n in self.plan.chosen[key] if n in live}
-            for name, slope in one.slope(chosen).items() if chosen else ():
-                _grad(live[name], name).add_(slope, alpha=-1 if id(live[name]) in uphill else 1)
+            for names in _pieces(one, [n for n in self.plan.chosen[key] if n in live]):
+                slopes = one.slope({n: live[n].detach() for n in names}, self.plan.states[key])
+                for name, slope in slopes.items():
+                    _grad(live[name], name).add_(slope, alpha=-1 if id(live[name]) in uphill else 1)
         for key, one in self.plan.of(Gradient):
             grads = {n: _grad(p, n) for n, p in live.items()}
             weights = {n: p.detach() for n, p in live.items()}
@@ -67,18 +68,18 @@ class Beside:
         live = self._live.get(id(optimizer), {})
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for key, one in self.plan.of(Step):
-            names = [n for n in self.plan.chosen[key] if n in live]
-            if one.moment not in moments or not names:
+            if one.moment not in moments:
                 continue
-            weights = {n: live[n].detach() for n in names}
-            lr = {n: torch.as_tensor(groups[id(live[n])]["lr"], dtype=torch.float64) for n in names}
-            rate = {}
-            if one.moment == "proximal":
-                both = {n: rates.rate_of(optimizer, groups[id(live[n])], live[n]) for n in names}
-                rate, lr = {n: r for n, (r, _) in both.items()}, {n: reach for n, (_, reach) in both.items()}
-            moved, self.plan.states[key] = one.step(weights, lr, rate, self.plan.states[key])
-            for name, new in moved.items():
-                live[name].copy_(new)
+            for names in _pieces(one, [n for n in self.plan.chosen[key] if n in live]):
+                weights = {n: live[n].detach() for n in names}
+                lr = {n: torch.as_tensor(groups[id(live[n])]["lr"], dtype=torch.float64) for n in names}
+                rate = {}
+                if one.moment == "proximal":
+                    both = {n: rates.rate_of(optimizer, groups[id(live[n])], live[n]) for n in names}
+                    rate, lr = {n: r for n, (r, _) in both.items()}, {n: reach for n, (_, reach) in both.items()}
+                moved, self.plan.states[key] = one.step(weights, lr, rate, self.plan.states[key])
+                for name, new in moved.items():
+                    live[name].copy_(new)
 
     def _again(self, live: dict[str, nn.Parameter], redo: Redo) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
         """The gradient of the same batch with the same noise at other weights; the model is afterwards as it was."""
@@ -110,7 +111,7 @@ class Beside:
         if any(isinstance(r, Step) and r.moment == "proximal" for r in acting):
             rates.formula_of(optimizer)
         decays = any(group.get("weight_decay", 0) for group in optimizer.param_groups)
-        twice = next((r for r in acting if isinstance(r, L2 | WeightDecay)), None)
+        twice = next((r for r in acting if isinstance(r, L2 | L2SP | WeightDecay)), None)
         if decays and twice is not None:
             warnings.warn(
                 f"Weights decay twice: by {twice} of the cocktail and by the weight_decay of {kind} itself (torch's AdamW has "
@@ -134,6 +135,11 @@ class Beside:
     def _names(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {n: p for n, p in self.plan.model.named_parameters() if id(p) in held}
+
+
+def _pieces(one: Penalty | Step, names: list[str]) -> list[list[str]]:
+    """One weight at a time where each number counts by itself, else all at once."""
+    return [[n] for n in names] if one.elementwise else [names] if names else []
 
 
 def _grad(p: nn.Parameter, name: str) -> Tensor:

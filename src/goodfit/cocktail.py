@@ -12,17 +12,27 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from goodfit import schedules, where
+from goodfit import factors, groups, schedules, where
 from goodfit.errors import GoodfitError, nearest
 from goodfit.phases import Regularizer, phases_of
 from goodfit.regularizers import catalogue
 
 __all__ = ["Cocktail", "as_cocktail", "parse"]
 
-_SELECTORS: dict[str, Any] = {
-    name: getattr(where, name) for name in where.__all__ if isinstance(getattr(where, name), where.Where)
+_VALUES: dict[str, Any] = {
+    name: getattr(home, name)
+    for home, kind in ((where, where.Where), (groups, groups.Groups))
+    for name in home.__all__
+    if isinstance(getattr(home, name), kind)
 }
-_CALLS: dict[str, Callable[..., Any]] = {"named": where.named, "linear": schedules.linear}
+_CALLS: dict[str, Callable[..., Any]] = {
+    "named": where.named,
+    "linear": schedules.linear,
+    "heads": groups.heads,
+    "custom": groups.custom,
+    "adaptive": factors.adaptive,
+    "given": factors.given,
+}
 _NUMBERS = {"inf": math.inf}
 
 
@@ -138,8 +148,12 @@ def _value(node: ast.expr) -> Any:
             return -_NUMBERS[name]
         case ast.Name(id=name) if name in _NUMBERS:
             return _NUMBERS[name]
-        case ast.Name(id=name) if name in _SELECTORS:
-            return _SELECTORS[name]
+        case ast.Name(id=name) if name in _VALUES:
+            return _VALUES[name]
+        case ast.List(elts=items):
+            return [_value(item) for item in items]
+        case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
+            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key is not None}
         case ast.UnaryOp(op=ast.Invert(), operand=inner):
             return ~_selector(inner)
         case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
@@ -148,10 +162,8 @@ def _value(node: ast.expr) -> Any:
             return _selector(left) | _selector(right)
         case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
             return _call(node, name, _CALLS[name])
-    known = [*_NUMBERS, *_SELECTORS, *_CALLS]
-    raise GoodfitError(
-        f"A cocktail holds numbers, schedules and selectors, got {ast.unparse(node)!r}; {nearest(_name(node), known)}"
-    )
+    hint = nearest(_name(node), [*_NUMBERS, *_VALUES, *_CALLS])
+    raise GoodfitError(f"A cocktail holds numbers, schedules, selectors, groups and factors, got {ast.unparse(node)!r}; {hint}")
 
 
 def _selector(node: ast.expr) -> where.Where:

@@ -89,6 +89,10 @@ class Regularizer(ABC):
         moving = {name: getattr(self, name) for name, _ in hypers(self)}
         return lifted(self, **{name: n.at(step) for name, n in moving.items() if isinstance(n, Schedule)})
 
+    def on(self, model: nn.Module) -> Any:
+        """This regularizer as it acts on one model, after building: what only the modules can tell is looked up once."""
+        return self
+
     def init(self, weights: Weights, buffers: Weights) -> State:
         """The state before the first step."""
         return {}
@@ -131,13 +135,16 @@ class Loss(Regularizer):
 class Penalty(Regularizer):
     """Selected weights → scalar that the objective gains."""
 
-    @abstractmethod
-    def penalty(self, weights: Weights) -> Tensor:
-        """The scalar."""
+    elementwise: ClassVar[bool] = False
+    """Whether each number counts by itself: then a run hands over one weight at a time, which spares a copy of them all."""
 
-    def slope(self, weights: Weights) -> dict[str, Tensor]:
+    @abstractmethod
+    def penalty(self, weights: Weights, state: State) -> Tensor:
+        """The scalar; `state` is what `init` made."""
+
+    def slope(self, weights: Weights, state: State) -> dict[str, Tensor]:
         """Its gradient; in closed form where a regularizer knows one, else by autograd."""
-        return dict(torch.func.grad(self.penalty)(dict(weights)))
+        return dict(torch.func.grad(self.penalty)(dict(weights), state))
 
 
 class Gradient(Regularizer):
@@ -158,6 +165,13 @@ class Step(Regularizer):
 
     moment: ClassVar[Literal["before", "proximal", "after"]] = "after"
     """Before the optimizer's step, after it, or after it and in need of the optimizer's rate per weight."""
+
+    elementwise: ClassVar[bool] = False
+    """As for Penalty."""
+
+    def penalty(self, weights: Weights, state: State) -> Tensor:
+        """What the objective gains by the selected weights: zero for a step that no objective knows, such as decay."""
+        return torch.zeros((), dtype=torch.float64)
 
     @abstractmethod
     def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:

@@ -79,7 +79,7 @@ class Plan:
             if isinstance(layer, Noisy):
                 layer.bind(name, self.seed, self.clock, rank())
         weights, buffers = tensors_of(self.model)
-        for key, one in self.active.items():
+        for key, one in list(self.active.items()):
             where = getattr(one, "where", None)
             self.chosen[key] = list(weights) if where is None else where.select(self.model)
             if where is not None and not self.chosen[key]:
@@ -87,6 +87,7 @@ class Plan:
                 raise GoodfitError(
                     f"{type(one).__name__} matched no weights (where={where}); the model has: {shown or 'none'}."
                 )
+            self.active[key] = one.on(self.model)
             self.states[key] = one.init({n: weights[n] for n in self.chosen[key]}, buffers)
 
     def tick(self) -> None:

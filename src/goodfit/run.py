@@ -180,8 +180,9 @@ class Run:
     def penalty(self) -> float:
         """The sum of all penalties at the weights of now: what the objective has beside the loss."""
         weights = dict(self.model.named_parameters())
-        parts = [one.penalty({n: weights[n] for n in self._plan.chosen[key]}) for key, one in self._plan.of(Penalty)]
-        return float(sum(float(part) for part in parts))
+        acting = [(key, one) for kind in (Penalty, Step) for key, one in self._plan.of(kind)]
+        chosen = {key: {n: weights[n] for n in self._plan.chosen[key]} for key, _ in acting}
+        return float(sum(float(one.penalty(chosen[key], self._plan.states[key])) for key, one in acting))
 
     def before_step(self, optimizer: Optimizer, redo: Callable[[], Any] | None) -> None:
         """`gradient` for the hooks; `redo` is the loop's closure, where it has one."""

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["Where", "biases", "embeddings", "everything", "kernels", "named", "norms", "roles"]
+__all__ = ["Where", "biases", "embeddings", "everything", "kernels", "named", "norms", "owners", "roles"]
 
 KERNELS = (nn.Linear, _ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -127,27 +127,49 @@ def roles(model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     first: dict[Tensor, str] = {}
-    for name, parameter, role in _owned(model):
+    for name, parameter, module, local in _owned(model):
         known = first.setdefault(parameter, name)
+        role = _role(module, local, parameter)
         if known == name or role == "embedding":
             found[known] = role
     return found
 
 
-def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    for path, module in model.named_modules(remove_duplicate=False):
+def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The module that owns each parameter, with the parameter's name in it, tied weights once.
+
+    An attention layer owns the projection inside it; a parametrized layer owns what its weight is computed from.
+    """
+    found: dict[Tensor, tuple[str, nn.Module, str]] = {}
+    for name, parameter, module, local in _owned(model):
+        found.setdefault(parameter, (name, module, local))
+    return {name: (module, local) for name, module, local in found.values()}
+
+
+def by_shape(module: nn.Module) -> bool:
+    """Whether the roles of a module's parameters follow from their shapes, since its type is not known."""
+    return not isinstance(module, (*KERNELS, *NORMS, nn.Embedding, nn.EmbeddingBag))
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, str]]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{path}.{local}" if path else local
+            name, owner, within = (f"{path}.{local}" if path else local), module, local
             if isinstance(module, ParametrizationList):
-                owner_path, _, local = path.rpartition(".parametrizations.")
-                owner = model.get_submodule(owner_path)
-                role = _role(owner, local, parameter) if max(parameter.shape, default=1) < parameter.numel() else "other"
-            else:
-                role = _role(module, local, parameter)
-            yield name, parameter, role
+                owner_path, _, weight = path.rpartition("parametrizations.")
+                whole = max(parameter.shape, default=1) < parameter.numel()
+                owner, within = modules[owner_path.rstrip(".")], weight if whole else ""
+            parent_path, _, child = path.rpartition(".")
+            parent = modules.get(parent_path)
+            if isinstance(parent, nn.MultiheadAttention):
+                owner, within = parent, f"{child}.{local}"
+            yield name, parameter, owner, within
 
 
 def _role(module: nn.Module, local: str, parameter: Tensor) -> str:
+    if not local:  # a length beside the direction that a parametrization splits it from
+        return "other"
     if isinstance(module, NORMS):
         return "norm"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):

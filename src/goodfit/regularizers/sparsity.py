@@ -1,0 +1,216 @@
+"""Exact zeros: the lasso, the elastic net and the group lasso as proximal steps at the optimizer's own rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from goodfit.errors import GoodfitError
+from goodfit.factors import Factors
+from goodfit.groups import Groups, Layout, units
+from goodfit.hyper import hyper, lifted
+from goodfit.phases import State, Step, Weights
+from goodfit.where import Where, kernels
+
+__all__ = ["L1", "ElasticNet", "GroupLasso"]
+
+CAP = 10.0  # thresholds beyond ten steps of the optimizer only harm weights whose rate is not known yet
+
+
+@dataclass(frozen=True)
+class L1(Step):
+    """Lasso penalty as a proximal step: weights that do not pay for themselves become exactly zero.
+
+    Formula: J(w) = loss + lam · Σ |w|; after the optimizer's step w ← sign(w) · max(|w| − θ, 0) with the threshold
+        θ = min(lam · rate, 10 · reach). The rate is the optimizer's own per weight (lr/(1−momentum) for SGD, lr/(√v̂+ε) for
+        Adam, …), so lam means the same under each of them; the reach is its step under a gradient of the size seen so far
+        (the learning rate for Adam, inf for SGD).
+    Phase: Step, proximal; weights of any shape → the same shapes.
+    Numbers: lam, per unit of loss and weight, >= 0, off at 0. factors multiply it weight by weight: factors.adaptive() is
+        the adaptive lasso, factors.given({...}) takes numbers.
+    Errors: lam < 0; a selector that matches no weight; an optimizer whose rate is not known, by name.
+    Source: Tibshirani 1996, Regression shrinkage and selection via the lasso; Parikh and Boyd 2014, Proximal algorithms;
+        Zou 2006 for the factors. Ours differs by the rate (plain lam · lr has another optimum under momentum and Adam) and
+        by the cap, which has the same fixed points and spares weights that have not seen a gradient yet.
+
+    >>> w, unit = torch.tensor([0.05, -0.3, 1.0]), torch.tensor(1.0)
+    >>> L1(0.1).step({"w": w}, lr={"w": unit}, rate={"w": unit}, state={})[0]["w"]
+    tensor([ 0.0000, -0.2000,  0.9000])
+    """
+
+    moment: ClassVar[Literal["before", "proximal", "after"]] = "proximal"
+    elementwise: ClassVar[bool] = True
+
+    lam: float = hyper(1e-4, valid="[0, inf)", off=0.0, low=1e-6, high=1e-1, log=True)
+    where: Where = kernels
+    factors: Factors | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_factors(self)
+
+    def init(self, weights: Weights, buffers: Weights) -> State:
+        return _factors(self.factors, weights)
+
+    def penalty(self, weights: Weights, state: State) -> Tensor:
+        return self.lam * torch.stack([(w.abs() * _factor(state, n)).sum() for n, w in weights.items()]).sum()
+
+    def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
+        shrunk = {}
+        for name, w in weights.items():
+            threshold = _threshold(self.lam * _factor(state, name), rate[name], lr[name])
+            shrunk[name] = w - torch.clamp(w, -threshold, threshold)  # exactly 0 within the threshold
+        return shrunk, state
+
+
+@dataclass(frozen=True)
+class ElasticNet(Step):
+    """Lasso and ridge in one proximal step: exact zeros, and correlated weights that share what they explain.
+
+    Formula: J(w) = loss + lam · (ratio · Σ |w| + (1 − ratio)/2 · Σ w²); after the optimizer's step, with θ as for L1,
+        w ← sign(w) · max(|w| − ratio · θ, 0) / (1 + (1 − ratio) · θ).
+    Phase: Step, proximal; weights of any shape → the same shapes.
+    Numbers: lam, per unit of loss, >= 0, off at 0; ratio, the lasso's share, in [0, 1]: 1 is L1, 0 is L2 without its way
+        through the gradient. factors multiply lam weight by weight, as for L1.
+    Errors: numbers outside their range; a selector that matches no weight; an optimizer whose rate is not known.
+    Source: Zou and Hastie 2005, Regularization and variable selection via the elastic net. lam and ratio are scikit-learn's
+        alpha and l1_ratio where the loss is half the mean squared error.
+
+    >>> w, unit = torch.tensor([0.05, -0.3, 1.0]), torch.tensor(1.0)
+    >>> ElasticNet(0.2, ratio=0.5).step({"w": w}, lr={"w": unit}, rate={"w": unit}, state={})[0]["w"]
+    tensor([ 0.0000, -0.1818,  0.8182])
+    """
+
+    moment: ClassVar[Literal["before", "proximal", "after"]] = "proximal"
+    elementwise: ClassVar[bool] = True
+
+    lam: float = hyper(1e-4, valid="[0, inf)", off=0.0, low=1e-6, high=1e-1, log=True)
+    ratio: float = hyper(0.5, valid="[0, 1]", low=0.05, high=1.0)
+    where: Where = kernels
+    factors: Factors | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_factors(self)
+
+    def init(self, weights: Weights, buffers: Weights) -> State:
+        return _factors(self.factors, weights)
+
+    def penalty(self, weights: Weights, state: State) -> Tensor:
+        def of(name: str, w: Tensor) -> Tensor:
+            return ((self.ratio * w.abs() + (1 - self.ratio) / 2 * w.square()) * _factor(state, name)).sum()
+
+        return self.lam * torch.stack([of(n, w) for n, w in weights.items()]).sum()
+
+    def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
+        shrunk = {}
+        for name, w in weights.items():
+            threshold = _threshold(self.lam * _factor(state, name), rate[name], lr[name]).to(w.dtype)
+            lasso = self.ratio * threshold
+            shrunk[name] = (w - torch.clamp(w, -lasso, lasso)) / (1 + (1 - self.ratio) * threshold)
+        return shrunk, state
+
+
+@dataclass(frozen=True)
+class GroupLasso(Step):
+    """Lasso over groups: whole units, filters, input features or attention heads become exactly zero, and can be removed.
+
+    Formula: J(w) = loss + lam · Σ_g √|g| · ‖w_g‖. After the optimizer's step, with θ = min(lam · √|g| · rate, 10 · reach) per
+        weight, a group with Σ (w/θ)² <= 1 becomes zero; in any other w ← w · s/(s + θ), s > 0 solving Σ w²/(s + θ)² = 1.
+    Phase: Step, proximal; weights of any shape → the same shapes.
+    Numbers: lam, per unit of loss and weight, >= 0, off at 0. groups: units, inputs, heads() or custom({...}) of gf.groups;
+        weights that have no such group stay as they are.
+    Errors: lam < 0; groups that fit no selected weight; an optimizer whose rate is not known, by name.
+    Source: Yuan and Lin 2006, Model selection and estimation in regression with grouped variables. Where the rates in a
+        group differ, as under Adam, the usual scaling by 1 − θ/‖w‖ has another optimum; we solve the proximal problem.
+
+    >>> w, unit = torch.tensor([[3.0, 4.0], [0.1, 0.2]]), torch.tensor(1.0)
+    >>> GroupLasso(2.5 / 2**0.5).step({"w": w}, lr={"w": unit}, rate={"w": unit}, state={})[0]["w"]
+    tensor([[1.5000, 2.0000],
+            [0.0000, 0.0000]])
+    """
+
+    moment: ClassVar[Literal["before", "proximal", "after"]] = "proximal"
+
+    lam: float = hyper(1e-4, valid="[0, inf)", off=0.0, low=1e-6, high=1e-1, log=True)
+    groups: Groups = units
+    where: Where = kernels
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_groups(self)
+
+    def on(self, model: nn.Module) -> Any:
+        return laid_out(self, model)
+
+    def penalty(self, weights: Weights, state: State) -> Tensor:
+        layout = layout_of(self, weights)
+        lengths = layout.sums({n: w.square() for n, w in weights.items()}).sqrt()
+        return self.lam * (lengths * layout.sizes(weights, lengths).sqrt()).sum()
+
+    def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
+        layout = layout_of(self, weights)
+        fine = {n: w if w.dtype == torch.float64 else w.float() for n, w in weights.items() if n in layout.ids}
+        scale = self.lam * layout.sizes(fine, next(iter(fine.values()))).sqrt()
+        theta = {n: _threshold(layout.spread(scale, n), rate[n], lr[n]).to(w.dtype) for n, w in fine.items()}
+        lost = layout.sums({n: torch.where(w == 0, 0, (w / theta[n]).square()) for n, w in fine.items()}) <= 1
+        s = torch.where(lost, 1.0, _secular(layout, fine, theta))
+        kept = {n: w * layout.spread(s, n) / (layout.spread(s, n) + theta[n]) for n, w in fine.items()}
+        moved = {n: torch.where(layout.spread(lost, n), 0, w).to(weights[n].dtype) for n, w in kept.items()}
+        return {**weights, **moved}, state
+
+
+def _secular(layout: Layout, z: Weights, theta: Weights, rounds: int = 6) -> Tensor:
+    """The s of each group with Σ z²/(s + θ)² = 1, by Newton's method on (Σ z²/(s + θ)²)^(−1/2), which is concave in s.
+
+    It is a line where θ is the same throughout a group: then the first round is exact.
+    """
+    s = layout.sums({n: w.square() for n, w in z.items()}).sqrt()
+    for _ in range(rounds):
+        below = {n: layout.spread(s, n) + theta[n] for n in z}
+        squares = {n: torch.where(w == 0, 0, (w / below[n]).square()) for n, w in z.items()}
+        a = layout.sums(squares)
+        b = layout.sums({n: torch.where(q == 0, 0, q / below[n]) for n, q in squares.items()})
+        s = torch.where(b > 0, (s + a * (a.sqrt() - 1) / b).clamp(min=0), s)
+    return s
+
+
+def laid_out(one: Any, model: nn.Module) -> Any:
+    """A regularizer over groups with its groups laid out over a model, by the types of its modules."""
+    parameters = dict(model.named_parameters())
+    chosen = {name: parameters[name].detach() for name in one.where.select(model)}
+    return lifted(one, groups=one.groups.layout(chosen, model)) if chosen else one
+
+
+def layout_of(one: Any, weights: Weights) -> Layout:
+    """The layout that `laid_out` made, or one by the shapes of the weights alone."""
+    return one.groups if isinstance(one.groups, Layout) else one.groups.layout(weights)
+
+
+def check_groups(one: Any) -> None:
+    if not isinstance(one.groups, Groups):
+        raise GoodfitError(f"{type(one).__name__}.groups must be one of gf.groups, such as units, got groups={one.groups!r}.")
+
+
+def _threshold(lam: Any, rate: Tensor, reach: Tensor) -> Tensor:
+    return torch.minimum(lam * rate, CAP * reach)
+
+
+def _check_factors(one: Any) -> None:
+    if one.factors is not None and not isinstance(one.factors, Factors):
+        raise GoodfitError(
+            f"{type(one).__name__}.factors must be one of gf.factors, such as adaptive(), got factors={one.factors!r}."
+        )
+
+
+def _factors(factors: Factors | None, weights: Weights) -> State:
+    if factors is None:
+        return {}
+    return {f"factor.{n}": f.clamp(max=torch.finfo(f.dtype).max) for n, f in factors.of(weights).items()}  # inf · 0 is nan
+
+
+def _factor(state: State, name: str) -> Any:
+    return state.get(f"factor.{name}", 1.0)
