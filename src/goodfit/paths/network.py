@@ -38,7 +38,7 @@ class Ascent:
         run = self.problem.run(self.problem.known.high)
         run.model.load_state_dict(self.dense)
         loss = abs(evaluate(run.model, self.held, self.problem.measure))
-        size = self._penalty(run) / self.problem.known.high
+        size = (run.penalty() - self._alone()) / self.problem.known.high
         with torch.no_grad():
             for name in self.problem.penalised(run.model):
                 run.model.get_parameter(name).zero_()
@@ -61,6 +61,12 @@ class Ascent:
                 names = self.problem.penalised(run.model)
                 dead = self.problem.selects and not any(state[n].any() for n in names)
             yield lam, state
+
+    def _alone(self) -> float:
+        """What the cocktail alone adds to the objective of the dense model."""
+        run = self.problem.run(None)
+        run.model.load_state_dict(self.dense)
+        return run.penalty()
 
     def _dense(self) -> Weights:
         """The state without the regularizer, at its best on the held rows."""

@@ -21,7 +21,7 @@ from goodfit.paths.problem import Problem, along, template
 from goodfit.paths.result import Path
 from goodfit.phases import Regularizer
 from goodfit.progress import Progress
-from goodfit.regularizers.shrinkage import L1
+from goodfit.regularizers.sparsity import L1
 
 __all__ = ["path"]
 
