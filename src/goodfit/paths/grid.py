@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def checked(lams: Any, problem: Problem) -> list[float]:
         raise GoodfitError(f"lams must be numbers, got {lams!r:.80}; write lams=[1e-4, 1e-3, 1e-2].") from None
     if not found or any(not math.isfinite(lam) or lam <= 0 for lam in found):
         raise GoodfitError(f"lams must be positive and finite, at least one, got {lams!r:.80}.")
-    if any(b <= a for a, b in zip(found, found[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(found)):
         raise GoodfitError(f"lams must increase from the first to the last, got {lams!r:.80}; sort them.")
     for lam in found:
         problem.at(lam)  # the regularizer refuses what is out of its range

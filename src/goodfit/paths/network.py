@@ -23,7 +23,7 @@ from goodfit.surgery.trace import training as training_mode
 __all__ = ["Ascent"]
 
 Weights = dict[str, Tensor]
-NEGLIGIBLE = 1e-3  # the share of the validation loss that the penalty has at the first λ
+NEGLIGIBLE = 1e-2  # the share of the dense validation loss that the penalty has at the first λ
 
 
 class Ascent:
@@ -47,7 +47,7 @@ class Ascent:
         if not math.isfinite(size) or size <= 0:
             raise GoodfitError(f"{self.problem.over} weighs nothing on the dense model, so no λ follows from it; give lams=.")
         low = NEGLIGIBLE * scale / size
-        return low, max(10 * null / size, 100 * low)
+        return low, max(300 * null / size, 100 * low)
 
     def upward(self, lams: Iterable[float]) -> Iterator[tuple[float, Weights]]:
         """The state at each λ, each trained from the one before; what is all zero stays so."""
@@ -81,7 +81,7 @@ class Ascent:
         return tensors(run.model)
 
     def _train(self, run: Run, epochs: int, penalised: bool) -> None:
-        """Epochs with a falling rate; kept is what has the lowest objective on the held rows, the start among it."""
+        """Kept is what has the lowest objective on the held rows, the start among it."""
         problem = self.problem
         optimizer = optimizer_for(problem.optimizer, run.model)
         prepare = as_reals(run.cocktail, problem.kind, run.model, problem.example, problem.targets)

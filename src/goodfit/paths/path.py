@@ -38,7 +38,7 @@ def path(
     lams: Iterable[float] | None = None,
     count: int = 30,
     optimizer: MakeOptimizer | None = None,
-    epochs: int = 10,
+    epochs: int = 20,
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -49,7 +49,7 @@ def path(
     Formula: J(w) = loss + cocktail + over(λ), on a grid of λ evenly spaced on the logarithmic scale. A linear model goes
         downward from the closed-form λ_max (the smallest λ at which zero is the optimum) to λ_max / 1000, each λ solved on
         all rows to convergence; with the squared error here λ is twice scikit-learn's alpha. A network goes from dense
-        upward, `epochs` per λ, from a λ whose penalty is 0.1 % of the loss until all is zero; that λ is its λ_max.
+        upward, `epochs` per λ, from a λ whose penalty is 1 % of the loss until all is zero; that λ is its λ_max.
     Shapes: build() → a new model; train: a pair (x, y) of tensors or arrays with the rows on axis 0, or without folds a
         Dataset or DataLoader. valid: the same, or a number of folds (stratified for classes), or a splitter of
         scikit-learn. With folds a score is the mean over them, and stderr of that mean; with one valid set over its rows.
