@@ -17,7 +17,7 @@ from goodfit.where import Where, kernels
 
 __all__ = ["L1", "ElasticNet", "GroupLasso"]
 
-CAP = 10.0  # thresholds beyond ten steps of the optimizer only harm weights whose rate is not known yet
+CAP = 10.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class L1(Step):
     def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
         shrunk = {}
         for name, w in weights.items():
-            threshold = _threshold(self.lam * _factor(state, name), rate[name], lr[name])
+            threshold = torch.minimum(self.lam * _factor(state, name) * rate[name], CAP * lr[name])
             shrunk[name] = w - torch.clamp(w, -threshold, threshold)  # exactly 0 within the threshold
         return shrunk, state
 
@@ -70,8 +70,8 @@ class L1(Step):
 class ElasticNet(Step):
     """Lasso and ridge in one proximal step: exact zeros, and correlated weights that share what they explain.
 
-    Formula: J(w) = loss + lam · (ratio · Σ |w| + (1 − ratio)/2 · Σ w²); after the optimizer's step, with θ as for L1,
-        w ← sign(w) · max(|w| − ratio · θ, 0) / (1 + (1 − ratio) · θ).
+    Formula: J(w) = loss + lam · (ratio · Σ |w| + (1 − ratio)/2 · Σ w²); after the optimizer's step, with θ = lam · rate,
+        w moves toward sign(w) · max(|w| − ratio · θ, 0) / (1 + (1 − ratio) · θ), by 10 · reach at most.
     Phase: Step, proximal; weights of any shape → the same shapes.
     Numbers: lam, per unit of loss, >= 0, off at 0; ratio, the lasso's share, in [0, 1]: 1 is L1, 0 is L2 without its way
         through the gradient. factors multiply lam weight by weight, as for L1.
@@ -108,9 +108,10 @@ class ElasticNet(Step):
     def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
         shrunk = {}
         for name, w in weights.items():
-            threshold = _threshold(self.lam * _factor(state, name), rate[name], lr[name]).to(w.dtype)
-            lasso = self.ratio * threshold
-            shrunk[name] = (w - torch.clamp(w, -lasso, lasso)) / (1 + (1 - self.ratio) * threshold)
+            theta = (self.lam * _factor(state, name) * rate[name]).to(w.dtype)
+            lasso = self.ratio * theta
+            goal = (w - torch.clamp(w, -lasso, lasso)) / (1 + (1 - self.ratio) * theta)
+            shrunk[name] = _toward(goal, w, lr[name])
         return shrunk, state
 
 
@@ -118,8 +119,9 @@ class ElasticNet(Step):
 class GroupLasso(Step):
     """Lasso over groups: whole units, filters, input features or attention heads become exactly zero, and can be removed.
 
-    Formula: J(w) = loss + lam · Σ_g √|g| · ‖w_g‖. After the optimizer's step, with θ = min(lam · √|g| · rate, 10 · reach) per
-        weight, a group with Σ (w/θ)² <= 1 becomes zero; in any other w ← w · s/(s + θ), s > 0 solving Σ w²/(s + θ)² = 1.
+    Formula: J(w) = loss + lam · Σ_g √|g| · ‖w_g‖. After the optimizer's step, with θ = lam · √|g| · rate per weight, a group with
+        Σ (w/θ)² <= 1 becomes zero; in any other w ← w · s/(s + θ), where s > 0 solves Σ w²/(s + θ)² = 1. No weight moves by
+        more than 10 · reach (see L1).
     Phase: Step, proximal; weights of any shape → the same shapes.
     Numbers: lam, per unit of loss and weight, >= 0, off at 0. groups: units, inputs, heads() or custom({...}) of gf.groups;
         weights that have no such group stay as they are.
@@ -155,12 +157,12 @@ class GroupLasso(Step):
         layout = layout_of(self, weights)
         fine = {n: w if w.dtype == torch.float64 else w.float() for n, w in weights.items() if n in layout.ids}
         scale = self.lam * layout.sizes(fine, next(iter(fine.values()))).sqrt()
-        theta = {n: _threshold(layout.spread(scale, n), rate[n], lr[n]).to(w.dtype) for n, w in fine.items()}
+        theta = {n: (layout.spread(scale, n) * rate[n]).to(w.dtype) for n, w in fine.items()}
         lost = layout.sums({n: torch.where(w == 0, 0, (w / theta[n]).square()) for n, w in fine.items()}) <= 1
         s = torch.where(lost, 1.0, _secular(layout, fine, theta))
-        kept = {n: w * layout.spread(s, n) / (layout.spread(s, n) + theta[n]) for n, w in fine.items()}
-        moved = {n: torch.where(layout.spread(lost, n), 0, w).to(weights[n].dtype) for n, w in kept.items()}
-        return {**weights, **moved}, state
+        shares = {n: layout.spread(s, n) / (layout.spread(s, n) + theta[n]) for n in fine}
+        goals = {n: torch.where(layout.spread(lost, n), 0, w * shares[n]) for n, w in fine.items()}
+        return {**weights, **{n: _toward(g, fine[n], lr[n]).to(weights[n].dtype) for n, g in goals.items()}}, state
 
 
 def _secular(layout: Layout, z: Weights, theta: Weights, rounds: int = 6) -> Tensor:
@@ -195,8 +197,14 @@ def check_groups(one: Any) -> None:
         raise GoodfitError(f"{type(one).__name__}.groups must be one of gf.groups, such as units, got groups={one.groups!r}.")
 
 
-def _threshold(lam: Any, rate: Tensor, reach: Tensor) -> Tensor:
-    return torch.minimum(lam * rate, CAP * reach)
+def _toward(goal: Tensor, w: Tensor, reach: Tensor) -> Tensor:
+    """From w to the goal, by ten steps of the optimizer at most.
+
+    Where training rests, the proximal step takes back what the optimizer did, which is less; so the cap moves no fixed
+    point, and spares a weight whose rate is not known yet, since it has seen no gradient.
+    """
+    cap = (CAP * reach).to(w.dtype)
+    return w + torch.clamp(goal - w, -cap, cap)
 
 
 def _check_factors(one: Any) -> None:
