@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from goodfit.data import batches_of
@@ -154,7 +153,7 @@ class Course:
     def _path(self, points: list[Point], dense: Point | None, scores: list[list[float]], why: str) -> Path:
         if not any(math.isfinite(p.score) for p in points):
             raise GoodfitError(
-                f"No λ has a finite validation loss, got {points[0].score} at λ = {points[0].lam:.3g}; look for nan in the data."
+                f"No λ has a finite validation loss, got {points[0].score} at λ = {points[0].lam:.3g}; look for nan in it."
             )
         problem, ordered = self.problem, tuple(sorted(points, key=lambda p: p.lam))
         made = lambda lam: problem.run(None if lam == 0 else lam).model  # noqa: E731

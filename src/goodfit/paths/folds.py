@@ -52,7 +52,7 @@ def folds_of(valid: Any, data: Any, seed: int) -> list[tuple[Tensor, Tensor]]:
         raise GoodfitError(f"Folds need train as a pair (x, y) of tensors or arrays, got a {type(data).__name__}.")
     y = data[1].cpu().numpy()
     count = len(y)
-    if isinstance(valid, Integral) and not 2 <= valid <= count:
+    if isinstance(valid, Integral) and not 2 <= int(valid) <= count:
         raise GoodfitError(f"valid as a number of folds must be in [2, {count}], the rows of train, got {valid}.")
     splitter = _splitter(int(valid), y, seed) if isinstance(valid, Integral) else valid
     try:

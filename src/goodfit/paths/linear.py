@@ -90,7 +90,8 @@ class Descent:
             high, low = low, low / 2
         while (middle := math.sqrt(low * high)) not in (low, high) and high / low > 1 + 1e-15:
             low, high = (low, middle) if self._stays(middle) else (middle, high)
-        return high
+        free = next(iter(self.slopes.values()))
+        return high * (1 + 10 * _enough(free.dtype))  # the other weights are at their optimum only so far
 
     def downward(self, lams: list[float]) -> Iterator[Weights]:
         """The state at each λ, from the largest down, each from the one before."""
@@ -144,7 +145,7 @@ class Descent:
         along = [self.curvature[n] for n, p in run.model.named_parameters() if p.requires_grad]
         optimizer = self._optimizer(run.model)
         eps = torch.finfo(free[0].dtype).eps
-        enough, rounding = (share * self.scale for share in (max(1e-7, 8 * eps), 1e4 * eps))
+        enough, rounding = (share * self.scale for share in (_enough(free[0].dtype), 1e4 * eps))
         last, before, momentum = _copies(free), None, 1.0
         for _ in range(MOST):
             start = _copies(free)
@@ -197,6 +198,11 @@ class Descent:
             with torch.no_grad():
                 layer.bias.sub_(layer.weight @ self.shift.flatten())
         return tensors(model)
+
+
+def _enough(dtype: torch.dtype) -> float:
+    """How small a slope is nothing, beside those at zero weights."""
+    return max(1e-7, 8 * torch.finfo(dtype).eps)
 
 
 def _copies(parameters: list[nn.Parameter]) -> list[Tensor]:

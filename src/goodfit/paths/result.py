@@ -13,7 +13,7 @@ from goodfit.errors import GoodfitError
 from goodfit.paths.scores import best_of, one_se_of
 from goodfit.report.charts import number, percent
 
-__all__ = ["Path", "Point"]
+__all__ = ["Path", "Point", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,13 @@ class Path:
         return plot(self, ax)
 
     def __str__(self) -> str:
-        head = f"{'λ':>10}  {'score':>10}  {'± se':>9}  {'zeros':>8}  {'weights':>8}  {'inputs':>6}"
-        return "\n".join([f"path over {self.over}", head, *(_line(row) for row in self.rows())])
+        return "\n".join([f"path over {self.over}", *table_of(self.rows())])
+
+
+def table_of(rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of a table of `Path.rows()`."""
+    head = f"{'λ':>10}  {'score':>10}  {'± se':>9}  {'zeros':>8}  {'weights':>8}  {'inputs':>6}"
+    return [head, *map(_line, rows)]
 
 
 def _line(row: dict[str, Any]) -> str:

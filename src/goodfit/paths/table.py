@@ -15,7 +15,7 @@ from torch import nn
 from goodfit.cocktail import parse
 from goodfit.errors import GoodfitError
 from goodfit.paths.path import path
-from goodfit.paths.result import Path, Point
+from goodfit.paths.result import Path, Point, table_of
 from goodfit.phases import Regularizer
 from goodfit.report.path_page import render_path
 from goodfit.tabular.encode import Encoder
@@ -23,7 +23,7 @@ from goodfit.tabular.folder import claim, write_json, written_whole
 from goodfit.tabular.network import mlp, outputs_of, pinned
 from goodfit.tabular.prepare import Data, prepare
 
-__all__ = ["MODELS", "Settings", "path_of_table"]
+__all__ = ["MODELS", "Settings", "lines", "path_of_table"]
 
 Tell = Callable[[str], None]
 # For each model: over, and what acts along. A network by default loses whole inputs, a linear model single weights.
@@ -84,6 +84,18 @@ def path_of_table(file: File, target: str, out: File, settings: Settings, tell: 
         with written_whole(out) as folder:
             _write(folder, found, told)
     return told
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """What the terminal shows: the table, the columns kept at 1-SE, the test scores."""
+    shown = table_of(told["points"])
+    kept, total = told["kept"]["one_se"], len(told["columns"])
+    if kept is not None:
+        shown.append(f"kept at 1-SE: {len(kept)} of {total} columns: {', '.join(kept) or 'none'}")
+    for name, label in (("best", "best"), ("one_se", "1-SE")):
+        scores = "  ".join(f"{metric} {value:.4g}" for metric, value in told["test"][name].items())
+        shown.append(f"test, {label:4}  {scores}")
+    return shown
 
 
 def _one(text: str) -> Regularizer:

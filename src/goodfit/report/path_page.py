@@ -54,9 +54,7 @@ def _lines(told: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "name": name,
             "kept": name in kept,
-            "line": " ".join(
-                f"{x(p['lam']):g},{y(v):g}" for p, v in zip(points, strengths[name], strict=True) if finite(v)
-            ),
+            "line": " ".join(f"{x(p['lam']):g},{y(v):g}" for p, v in zip(points, strengths[name], strict=True) if finite(v)),
         }
         for name in ordered[:MOST_LINES]
     ]
