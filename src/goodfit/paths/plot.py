@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from goodfit.errors import GoodfitError
-
-if TYPE_CHECKING:
-    from goodfit.paths.result import Path
 
 __all__ = ["plot"]
 
 
-def plot(path: Path, ax: Any = None) -> Any:
+def plot(path: Any, ax: Any = None) -> Any:
     """Score ± standard error against λ, best and 1-SE marked; behind it, on an axis of its own, what is left."""
     if ax is None:
         try:
