@@ -114,11 +114,11 @@ class Course:
         training = batches_of(train, "train", self.problem.batch_size, shuffle=True, seed=self.problem.seed)
         ascent = Ascent(self.problem, training, self._batches(held, "valid"))
         self.dense.append(ascent.dense)
-        most = 2 * self.count + 20
+        most = len(lams) if lams else self.count + 20
         grid = lams or (
             climbing(*ascent.range(), self.count) if self.problem.selects else known_range(self.problem, self.count)
         )
-        for lam, state in ascent.upward(grid if lams else islice(grid, most)):
+        for lam, state in ascent.upward(islice(grid, most), len(self.wanted or ()) or self.count):
             yield lam, state
             if self.problem.selects and self._zeros(state) == 1:
                 if first and self.lam_max is None:

@@ -49,7 +49,7 @@ def known_range(problem: Problem, count: int) -> list[float]:
 
 
 def climbing(low: float, high: float, count: int) -> Iterator[float]:
-    """λ from `low` up: about `count` to the guess `high`, then in steps of at least two, for as long as one takes.
+    """λ from `low` up: about `count` to the guess `high`, then in steps of two to ten, for as long as one takes.
 
     >>> [round(lam) for lam, _ in zip(climbing(1, 100, 3), range(5))]
     [1, 10, 100, 1000, 10000]
@@ -59,4 +59,4 @@ def climbing(low: float, high: float, count: int) -> Iterator[float]:
     while lam < 1e30:
         yield lam
         taken += 1
-        lam *= factor if taken < count else max(factor, 2.0)
+        lam *= factor if taken < count else min(max(factor, 2.0), 10.0)

@@ -22,7 +22,7 @@ __all__ = ["Descent", "is_linear"]
 
 Weights = dict[str, Tensor]
 PASSIVE = (nn.Identity, nn.Flatten, nn.Unflatten)
-MOST = 20_000
+MOST = 10_000
 
 
 def is_linear(problem: Problem) -> bool:
@@ -44,15 +44,19 @@ def is_linear(problem: Problem) -> bool:
 
 
 def _affine(model: nn.Module, x: Tensor) -> bool:
-    """Whether the outputs at the sum of two weights are the sum of the outputs."""
+    """Whether the outputs at the sum of two weights are the sum of the outputs, also where these are opposite."""
     draw = torch.Generator().manual_seed(0)
-    one, other = ({n: torch.randn(p.shape, generator=draw).to(p) for n, p in model.named_parameters()} for _ in range(2))
-    both = {n: one[n] + other[n] for n in one}
-    with torch.no_grad():
-        parts = [functional_call(model, w, (x,)) for w in (one, other, both)]
+    weights = {n: torch.randn(p.shape, generator=draw).to(p) for n, p in model.named_parameters()}
+    others = {n: torch.randn(p.shape, generator=draw).to(p) for n, p in model.named_parameters()}
+    return _adds(model, x, weights, others) and _adds(model, x, weights, {n: -w for n, w in weights.items()})
+
+
+@torch.no_grad()
+def _adds(model: nn.Module, x: Tensor, one: Weights, other: Weights) -> bool:
+    parts = [functional_call(model, w, (x,)) for w in (one, other, {n: one[n] + other[n] for n in one})]
     if not all(isinstance(p, Tensor) for p in parts):
         return False
-    return torch.allclose(parts[0] + parts[1], parts[2], rtol=1e-3, atol=1e-3 * float(parts[2].abs().max()))
+    return torch.allclose(parts[0] + parts[1], parts[2], rtol=1e-3, atol=1e-3 * float(parts[0].abs().max()))
 
 
 class Descent:
@@ -91,7 +95,7 @@ class Descent:
         while (middle := math.sqrt(low * high)) not in (low, high) and high / low > 1 + 1e-15:
             low, high = (low, middle) if self._stays(middle) else (middle, high)
         free = next(iter(self.slopes.values()))
-        return high * (1 + 10 * _enough(free.dtype))  # the other weights are at their optimum only so far
+        return high * (1 + 2 * _enough(free.dtype))  # the other weights are at their optimum only so far
 
     def downward(self, lams: list[float]) -> Iterator[Weights]:
         """The state at each λ, from the largest down, each from the one before."""
@@ -182,6 +186,7 @@ class Descent:
         free = {n: p for n, p in model.named_parameters() if p.requires_grad}
         loss = self.problem.measure(call_model(model, self.x), self.y)
         slopes = torch.autograd.grad(loss, list(free.values()), create_graph=True)
+        self.scale = max(float(s.detach().abs().max()) for s in slopes) or 1.0
         draw = torch.Generator().manual_seed(0)
         return {n: _bend(s, p, draw) for (n, p), s in zip(free.items(), slopes, strict=True)}
 
@@ -202,7 +207,7 @@ class Descent:
 
 def _enough(dtype: torch.dtype) -> float:
     """How small a slope is nothing, beside those at zero weights."""
-    return max(1e-7, 8 * torch.finfo(dtype).eps)
+    return max(1e-6, 30 * torch.finfo(dtype).eps)
 
 
 def _copies(parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from goodfit.surgery.trace import training as training_mode
 __all__ = ["Ascent"]
 
 Weights = dict[str, Tensor]
+LONGER = 20  # times the epochs, at most, behind the expected end
 NEGLIGIBLE = 1e-2  # the share of the dense validation loss that the penalty has at the first λ
 
 
@@ -49,14 +50,19 @@ class Ascent:
         low = NEGLIGIBLE * scale / size
         return low, max(300 * null / size, 100 * low)
 
-    def upward(self, lams: Iterable[float]) -> Iterator[tuple[float, Weights]]:
-        """The state at each λ, each trained from the one before; what is all zero stays so."""
+    def upward(self, lams: Iterable[float], count: int) -> Iterator[tuple[float, Weights]]:
+        """The state at each λ, each trained from the one before; what is all zero stays so.
+
+        Behind the first `count` a stage goes on for as long as its objective falls: an optimizer of bounded steps, such as
+        Adam, gets to zero by their number, not by a larger λ.
+        """
         state, dead = self.dense, False
         for turn, lam in enumerate(lams, 1):
             if not dead:
-                run = self.problem.run(lam, EarlyStopping(self.problem.epochs + 1), turn=turn)
+                epochs = self.problem.epochs
+                run = self.problem.run(lam, EarlyStopping(epochs + 1), turn=turn)
                 run.model.load_state_dict(state)
-                self._train(run, self.problem.epochs, penalised=True)
+                self._train(run, epochs if turn <= count else LONGER * epochs, penalised=True)
                 state = tensors(run.model)
                 names = self.problem.penalised(run.model)
                 dead = self.problem.selects and not any(state[n].any() for n in names)

@@ -79,7 +79,7 @@ def path(
     mix, stopping = along(cocktail, chosen)
     x, y = peek(batches_of(train, "train", batch_size, shuffle=False, seed=seed))
     kind = task if task is not None else "" if loss is not None else task_of(y)
-    home = torch.device("cpu" if device is None else device)
+    home = _home(device)
     x, y = to_device((x, y), home)
     measure = averaged(loss or loss_of(kind))
     problem = Problem(build, chosen, mix, stopping, measure, kind, optimizer, epochs, batch_size, seed, home, x, y)
@@ -90,3 +90,11 @@ def path(
         with Progress((len(folds or ()) + 1) * count, "path", progress) as bar:
             course = Course(problem, wanted, count, bar, is_linear(problem))
             return course.on_folds(train, folds) if folds else course.on_rows(train, finite_pair(valid, "valid"))
+
+
+def _home(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.empty(0, device="cpu" if device is None else device).device
+    except (RuntimeError, AssertionError) as wrong:
+        why = f"{str(wrong).splitlines()[0]:.80}"
+        raise GoodfitError(f"device must be one that torch has here, got {device!r} ({why}); leave it out.") from None

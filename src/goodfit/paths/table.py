@@ -88,7 +88,7 @@ def path_of_table(file: File, target: str, out: File, settings: Settings, tell: 
 
 def lines(told: dict[str, Any]) -> list[str]:
     """What the terminal shows: the table, the columns kept at 1-SE, the test scores."""
-    shown = table_of(told["points"])
+    shown = table_of(told["points"]) + ([f"the path was {told['stopped']}"] if told["stopped"] else [])
     kept, total = told["kept"]["one_se"], len(told["columns"])
     if kept is not None:
         shown.append(f"kept at 1-SE: {len(kept)} of {total} columns: {', '.join(kept) or 'none'}")
