@@ -1,0 +1,92 @@
+"""What shrinking did: the result, and its table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from goodfit.surgery.choice import Choice
+from goodfit.surgery.slicing import owner
+
+__all__ = ["BENIGN", "Shrunk", "kept_zeros", "what_went"]
+
+# zero units that are needed where they are, so that a model which was shrunk can be shrunk again
+BENIGN = {
+    "carries the constants of others, which padding needs",
+    "is the last of its layer",
+    "is the last group of its layer",
+}
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What `gf.shrink` returns. Pairs are (before, after); latency is in milliseconds, the median of alternating runs."""
+
+    model: nn.Module
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    latency: tuple[float, float]
+    removed: tuple[tuple[str, str, int, int], ...]  # layer, what, how many, of how many
+    kept: tuple[tuple[str, int, str], ...]  # weight, how many zero units stay in it, why
+    inputs: dict[str, tuple[int, ...]]  # layer → the input features that it still takes
+    error: float  # the largest difference of outputs, relative to the largest output
+
+    def __str__(self) -> str:
+        lines = [f"{'':12}{'before':>16}{'after':>16}"]
+        lines += [f"{name:12}{a:>16,}{b:>16,}" for name, (a, b) in (("parameters", self.parameters), ("FLOPs", self.flops))]
+        lines += [f"{'latency, ms':12}{self.latency[0]:>16.3f}{self.latency[1]:>16.3f}"]
+        lines += [f"largest relative difference of outputs: {self.error:.1e}", ""]
+        lines += [f"{name}: {count} of {total} {what} removed" for name, what, count, total in self.removed] or ["0 removed"]
+        lines += [f"{name}: {count} zero units kept: {reason}" for name, count, reason in self.kept]
+        return "\n".join(lines)
+
+
+def what_went(model: nn.Module, choice: Choice, inputs: dict[str, Tensor]) -> list[tuple[str, str, int, int]]:
+    """Per layer: what went, how many, of how many; heads of attention beside its units."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for reader in choice.run.readers:
+        gone = choice.gone(reader.rows)
+        if reader.name and gone.any():
+            layer = owner(model, reader.name)[0]
+            path = reader.name.rpartition(".")[0]
+            kind = "filters" if isinstance(layer, _ConvNd) else "units"
+            if path and (path, kind) in found:
+                found[path, kind] = tuple(map(sum, zip(found[path, kind], (int(gone.sum()), len(gone)), strict=True)))  # type: ignore[assignment]
+            else:
+                found[path, kind] = int(gone.sum()), len(gone)
+    for rectangle in choice.run.rectangles.values():
+        gone = choice.gone(rectangle.ids)
+        lost = int(gone.flatten(1).all(1).sum())
+        if not rectangle.even and rectangle.module is not None and gone.ndim == 2 and lost and gone.shape[1] > 1:
+            found[names.get(id(rectangle.module), "?"), "heads"] = lost, len(gone)
+    for name, taken in inputs.items():
+        layer = owner(model, name)[0]
+        total = int(choice_width(choice, name))
+        found[name.rpartition(".")[0], "inputs"] = total - len(taken), total
+        assert layer is not None
+    return [(path, what, count, total) for (path, what), (count, total) in found.items()]
+
+
+def choice_width(choice: Choice, name: str) -> int:
+    """How many columns a weight had."""
+    return next(len(reader.columns) for reader in choice.run.readers if reader.name == name)
+
+
+def kept_zeros(choice: Choice, reasons: Counter[str]) -> list[tuple[str, int, str]]:
+    """Rows of weights that are zero and stay, counted by weight and reason."""
+    found: Counter[tuple[str, str]] = Counter()
+    for reader in choice.run.readers:
+        if not reader.name or not reader.live:
+            continue
+        zero = ~reader.live_weights().any(1) & ~choice.gone(reader.rows)
+        for one in choice.label[reader.rows[zero]].tolist():
+            found[reader.name, choice.reasons.get(one, "is read by nothing that is known")] += 1
+    return [(name, count, reason) for (name, reason), count in found.items()]
+
+
+_ = torch
