@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from goodfit.regularizers.early_stopping import EarlyStopping as EarlyStopping
     from goodfit.regularizers.shrinkage import L1 as L1, L2 as L2, WeightDecay as WeightDecay
     from goodfit.run import Run as Run
+    from goodfit.surgery.shrink import shrink as shrink
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _NAMES = {
     "Run": "run",
     "fit": "fitting",
     "parse": "cocktail",
+    "shrink": "surgery.shrink",
 }
 
 

@@ -92,7 +92,7 @@ def lower_numbers(rectangles: list[Rectangle], choice: Choice) -> None:
     changes: dict[tuple[nn.Module, str], int] = {}
     for rectangle in rectangles:
         module, gone = rectangle.module, choice.gone(rectangle.ids)
-        if module is None or not gone.any():
+        if module is None or isinstance(module, nn.MultiheadAttention) or not gone.any():
             continue
         old: dict[str, int] = {k: v for k, v in vars(module).items() if isinstance(v, int) and not isinstance(v, bool)}
         if rectangle.even:

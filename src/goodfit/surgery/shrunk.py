@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -65,16 +64,9 @@ def what_went(model: nn.Module, choice: Choice, inputs: dict[str, Tensor]) -> li
         if not rectangle.even and rectangle.module is not None and gone.ndim == 2 and lost and gone.shape[1] > 1:
             found[names.get(id(rectangle.module), "?"), "heads"] = lost, len(gone)
     for name, taken in inputs.items():
-        layer = owner(model, name)[0]
-        total = int(choice_width(choice, name))
+        total = next(len(reader.columns) for reader in choice.run.readers if reader.name == name)
         found[name.rpartition(".")[0], "inputs"] = total - len(taken), total
-        assert layer is not None
     return [(path, what, count, total) for (path, what), (count, total) in found.items()]
-
-
-def choice_width(choice: Choice, name: str) -> int:
-    """How many columns a weight had."""
-    return next(len(reader.columns) for reader in choice.run.readers if reader.name == name)
 
 
 def kept_zeros(choice: Choice, reasons: Counter[str]) -> list[tuple[str, int, str]]:
@@ -88,5 +80,3 @@ def kept_zeros(choice: Choice, reasons: Counter[str]) -> list[tuple[str, int, st
             found[reader.name, choice.reasons.get(one, "is read by nothing that is known")] += 1
     return [(name, count, reason) for (name, reason), count in found.items()]
 
-
-_ = torch
