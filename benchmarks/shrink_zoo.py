@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,19 @@ from goodfit.surgery.proof import answers, largest_error
 
 Build = Callable[[], tuple[nn.Module, Any, Any]]
 
-TIMM = "resnet18 resnetv2_50 resnext50_32x4d res2net50_26w_4s seresnet50 skresnet18 resnest14d ecaresnet26t convnext_atto convnextv2_atto "
-TIMM += "efficientnet_b0 mobilenetv3_small_100 mobilenetv4_conv_small mnasnet_small ghostnet_100 fbnetc_100 mixnet_s tinynet_e "
-TIMM += "regnety_002 regnetx_002 densenet121 vgg11 inception_v3 inception_v4 xception41 dpn48b dla34 hrnet_w18_small vovnet39a "
-TIMM += "vit_tiny_patch16_224 deit_tiny_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 "
-TIMM += "swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 mixer_s32_224 gmlp_ti16_224 resmlp_12_224 poolformer_s12 pvt_v2_b0 "
-TIMM += "coat_tiny levit_128s mobilevit_xxs mobileone_s0 edgenext_xx_small efficientformer_l1 fastvit_t8 repvgg_a0 nf_resnet26 "
-TIMM += "nfnet_l0 rexnet_100 tf_efficientnetv2_b0 lcnet_050 hardcorenas_a cspresnet50 cspdarknet53 gernet_s crossvit_tiny_240 "
-TIMM += "volo_d1_224 maxvit_rmlp_pico_rw_256 coatnet_pico_rw_224 eva02_tiny_patch14_224 visformer_tiny convmixer_768_32 hgnet_tiny "
-TIMM += "starnet_s1 inception_next_tiny focalnet_tiny_srf davit_tiny mambaout_femto caformer_s18 tiny_vit_5m_224 repvit_m1 tresnet_m"
+TIMM = (
+    "resnet18 resnetv2_50 resnext50_32x4d res2net50_26w_4s seresnet50 skresnet18 resnest14d ecaresnet26t "
+    "convnext_atto convnextv2_atto efficientnet_b0 mobilenetv3_small_100 mobilenetv4_conv_small mnasnet_small "
+    "ghostnet_100 fbnetc_100 mixnet_s tinynet_e regnety_002 regnetx_002 densenet121 vgg11 inception_v3 "
+    "inception_v4 xception41 dpn48b dla34 hrnet_w18_small vovnet39a vit_tiny_patch16_224 deit_tiny_patch16_224 "
+    "deit3_small_patch16_224 beit_base_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 "
+    "swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 mixer_s32_224 gmlp_ti16_224 resmlp_12_224 poolformer_s12 "
+    "pvt_v2_b0 coat_tiny levit_128s mobilevit_xxs mobileone_s0 edgenext_xx_small efficientformer_l1 fastvit_t8 "
+    "repvgg_a0 nf_resnet26 nfnet_l0 rexnet_100 tf_efficientnetv2_b0 lcnet_050 hardcorenas_a cspresnet50 "
+    "cspdarknet53 gernet_s crossvit_tiny_240 volo_d1_224 maxvit_rmlp_pico_rw_256 coatnet_pico_rw_224 "
+    "eva02_tiny_patch14_224 visformer_tiny convmixer_768_32 hgnet_tiny starnet_s1 inception_next_tiny "
+    "focalnet_tiny_srf davit_tiny mambaout_femto caformer_s18 tiny_vit_5m_224 repvit_m1 tresnet_m"
+)
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 96, "vocab_size": 101}
 IMAGE = {**SMALL, "image_size": 32, "patch_size": 8}
@@ -79,14 +84,14 @@ def zoo(stub: str | None) -> Iterator[tuple[str, Build]]:
         importlib.import_module("zoo_stub")
     vision: Any = importlib.import_module("torchvision.models")
     for name in vision.list_models(module=vision):
-        yield f"torchvision/{name}", lambda name=name: _vision(vision, name)
+        yield f"torchvision/{name}", partial(_vision, vision, name)
     timm: Any = importlib.import_module("timm")
     for name in TIMM.split():
-        yield f"timm/{name}", lambda name=name: _timm(timm, name)
+        yield f"timm/{name}", partial(_timm, timm, name)
     hf: Any = importlib.import_module("transformers")
     for kinds, images in ((TEXTS, False), (IMAGES, True)):
         for name, numbers in kinds.items():
-            yield f"transformers/{name}", lambda name=name, n=numbers, i=images: _hf(hf, name, n, i)
+            yield f"transformers/{name}", partial(_hf, hf, name, numbers, images)
 
 
 def _vision(vision: Any, name: str) -> tuple[nn.Module, Any, Any]:
@@ -108,7 +113,9 @@ def _timm(timm: Any, name: str) -> tuple[nn.Module, Any, Any]:
 
 
 def _fixed(model: Any) -> bool:
-    return bool(model.pretrained_cfg.get("fixed_input_size")) or any("pos_emb" in n or "relative" in n for n, _ in model.named_parameters())
+    return bool(model.pretrained_cfg.get("fixed_input_size")) or any(
+        "pos_emb" in n or "relative" in n for n, _ in model.named_parameters()
+    )
 
 
 def _hf(hf: Any, name: str, numbers: dict[str, Any], images: bool) -> tuple[nn.Module, Any, Any]:
@@ -143,7 +150,9 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def _zero_heads(module: nn.Module) -> None:
-    heads = next((n for k in ("num_heads", "num_attention_heads", "n_heads") if isinstance(n := getattr(module, k, None), int)), 0)
+    heads = next(
+        (n for k in ("num_heads", "num_attention_heads", "n_heads") if isinstance(n := getattr(module, k, None), int)), 0
+    )
     names = ("out_proj", "proj", "dense", "o_proj", "c_proj", "out_lin", "o")
     out = next((m for k in names if isinstance(m := getattr(module, k, None), nn.Linear)), None)
     if heads > 1 and out is not None and out.in_features % heads == 0:
@@ -158,8 +167,8 @@ def measure(name: str, build: Build, largest: float) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         model, example, fresh = build()
-    except Exception as error:
-        return row | {"status": "not built", "reason": f"{type(error).__name__}: {error}"[:120]}
+    except Exception as problem:
+        return row | {"status": "not built", "reason": f"{type(problem).__name__}: {problem}"[:120]}
     if sum(p.numel() for p in model.parameters()) > largest * 1e6:
         return row | {"status": "skipped", "reason": f"more than {largest:g} M parameters"}
     model = prepare(model).double().eval()
@@ -167,8 +176,8 @@ def measure(name: str, build: Build, largest: float) -> dict[str, Any]:
     truth = answers(model, fresh)
     try:
         result = gf.shrink(model, example)
-    except gf.GoodfitError as error:
-        return row | {"status": "refused", "reason": str(error)[:400], "seconds": round(time.perf_counter() - start, 1)}
+    except gf.GoodfitError as refusal:
+        return row | {"status": "refused", "reason": str(refusal)[:400], "seconds": round(time.perf_counter() - start, 1)}
     over, error = largest_error(truth, answers(model, fresh))
     heads = sum(count for _, what, count, _ in result.removed if what == "heads")
     row |= {"status": "WRONG" if over > 100 else "shrunk" if result.removed else "nothing to remove", "error": f"{error:.1e}"}
@@ -195,7 +204,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    columns = "model status before after flops latency heads kept error seconds reason".split()
+    columns = ["model", "status", "before", "after", "flops", "latency", "heads", "kept", "error", "seconds", "reason"]
     rows = []
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")

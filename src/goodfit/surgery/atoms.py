@@ -47,8 +47,8 @@ class Slices:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Let slices go together, element by element; what meets a fixed one is pinned."""
-        a, b = torch.broadcast_tensors(a, b)
-        pairs = torch.stack([a.flatten(), b.flatten()])
+        shape = (a + b).shape
+        pairs = torch.stack([a.expand(shape).flatten(), b.expand(shape).flatten()])
         pairs = torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1)
         free = (pairs != FIXED).all(0)
         self.pin(pairs[:, ~free], "meets a tensor whose size is fixed")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from goodfit.errors import GoodfitError
-from goodfit.surgery.dependence import Rectangle
 from goodfit.surgery.choice import Choice
+from goodfit.surgery.dependence import Rectangle
 
-__all__ = ["NarrowAttention", "lower_numbers", "narrow"]
+__all__ = ["NarrowAttention", "heads_lost", "lower_numbers", "narrow"]
 
 _HEADS = {"heads", "n_head", "n_heads", "num_attention_heads", "num_heads", "num_key_value_heads"}
 _WIDTHS = {"all_head_size", "attn_dim", "dim", "embed_dim", "hidden_size", "inner_dim", "split_size", "width"}
@@ -24,7 +23,7 @@ class NarrowAttention(nn.MultiheadAttention):
     heads that are left.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -63,7 +62,7 @@ class NarrowAttention(nn.MultiheadAttention):
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else packed.chunk(3)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         made = [F.linear(x, w, b) for x, w, b in zip(given, weights, biases, strict=True)]
-        return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in made]
+        return [x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2) for x in made]
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
@@ -87,6 +86,16 @@ def narrow(attention: nn.MultiheadAttention) -> None:
     attention.__class__ = NarrowAttention
 
 
+def heads_lost(rectangle: Rectangle, choice: Choice) -> tuple[int, int]:
+    """After the cut: how many heads went, of how many; none where the module of the view does not count heads."""
+    gone = choice.gone(rectangle.ids)
+    counts = {vars(rectangle.module).get(name) for name in _HEADS} if rectangle.module is not None else set()
+    if rectangle.even or gone.ndim != 2:
+        return 0, 0
+    lost = int(gone.all(1).sum())
+    return (lost if len(gone) - lost in counts else 0), len(gone)
+
+
 def lower_numbers(rectangles: list[Rectangle], choice: Choice) -> None:
     """Lower the numbers of heads, and widths, that modules keep for their views."""
     changes: dict[tuple[nn.Module, str], int] = {}
@@ -107,5 +116,3 @@ def lower_numbers(rectangles: list[Rectangle], choice: Choice) -> None:
                 changes |= {(module, k): narrower for k, v in old.items() if k in _WIDTHS and v == wide}
     for (module, name), value in changes.items():
         setattr(module, name, value)
-
-

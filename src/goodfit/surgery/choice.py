@@ -27,11 +27,10 @@ class Choice:
     def __init__(self, run: Dependence, shared: dict[str, str], unfoldable: set[str]) -> None:
         self.run, self.label, self.unfoldable = run, run.slices.classes(), unfoldable
         self.pinned: dict[int, str] = {FIXED: "is fixed"}
-        for axis in run.slices.axes:
-            if axis.name in shared:
-                run.slices.pin(torch.arange(axis.first, axis.first + axis.size), shared[axis.name])
-        for ids, reason in run.slices.pins:
-            for one in self.label[ids].unique().tolist():
+        whole = [axis for axis in run.slices.axes if axis.name in shared]
+        pins = [(torch.arange(axis.first, axis.first + axis.size), shared[axis.name]) for axis in whole]
+        for ids, reason in [*pins, *run.slices.pins]:
+            for one in torch.unique(self.label[ids]).tolist():
                 self.pinned.setdefault(one, reason)
         self.candidates = torch.zeros(run.slices.count, dtype=torch.bool)
         for reader in run.readers:
@@ -74,7 +73,7 @@ class Choice:
     def needed(self, reader: Reader) -> Tensor:
         """Which columns have a weight other than zero in a row that stays."""
         stays = ~self.gone(reader.rows).view(reader.groups, -1, 1)
-        return (reader.live_weights().unflatten(0, (reader.groups, -1)) & stays).any(1).flatten()
+        return (reader.grouped(reader.live_weights()) & stays).any(1).flatten()
 
     def foldable(self, reader: Reader) -> Tensor:
         """Which columns bring a constant that the bias can take."""
@@ -82,7 +81,7 @@ class Choice:
         return reader.constant if into_bias else reader.constant & (reader.value == 0)
 
     def _keep(self, classes: Tensor, reason: str) -> None:
-        for one in classes[self.removed[classes]].unique().tolist():
+        for one in torch.unique(classes[self.removed[classes]]).tolist():
             self.reasons.setdefault(one, reason)
         self.removed[classes] = False
 

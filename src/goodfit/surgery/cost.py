@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from goodfit.surgery.proof import quiet
 from goodfit.surgery.dependence import plain_attention
+from goodfit.surgery.proof import quiet
 from goodfit.surgery.trace import call_model
 
 __all__ = ["flops", "milliseconds", "size"]

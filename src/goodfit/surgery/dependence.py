@@ -57,7 +57,11 @@ class Reader:
 
     def live_weights(self) -> Tensor:
         """Which weights are not exactly zero; NaN is not."""
-        return (self.weight != 0).flatten(2).any(2) if self.weight.ndim > 2 else self.weight != 0
+        return (self.weight != 0).flatten(2).any(2).cpu() if self.weight.ndim > 2 else (self.weight != 0).cpu()
+
+    def grouped(self, weights: Tensor) -> Tensor:
+        """Weights (rows, columns of a group) as (groups, rows of a group, columns of a group)."""
+        return weights.reshape(self.groups, -1, weights.shape[1])
 
 
 @dataclass(eq=False)
@@ -82,11 +86,11 @@ class Call:
         self.outputs = list(tensors_in(out))
 
 
-class Dependence(TorchDispatchMode):
+class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows one run. `given` are the tensors of the example, `leaves` the parameters and buffers by identity."""
 
     def __init__(self, given: Iterable[Tensor], leaves: dict[int, str], rule: Callable[[Dependence, Call], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rule, self.leaves, self.slices = rule, leaves, Slices()
         self.flows: dict[int, Flow] = {}
         self.by_storage: dict[int, list[Flow]] = {}
@@ -220,4 +224,3 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
-

@@ -10,7 +10,7 @@ from torch import Tensor
 from goodfit.surgery.atoms import compact, varying
 from goodfit.surgery.dependence import Call, Dependence, Flow
 
-__all__ = ["combine", "copied", "like", "pointwise", "random", "same", "spread"]
+__all__ = ["combine", "copied", "like", "new", "pointwise", "random", "same", "spread"]
 
 
 def spread(layer: Tensor, ndim: int) -> Tensor:
@@ -90,6 +90,12 @@ def like(run: Dependence, call: Call) -> None:
     """A constant of the size of a tensor."""
     for out in call.outputs:
         run.put(out, layers=list(run.of(call.inputs[0]).layers))
+
+
+def new(run: Dependence, call: Call) -> None:
+    """A constant of a size that code wrote down, or worked out: which, the run cannot tell."""
+    for out in call.outputs:
+        run.put(out)
 
 
 def random(run: Dependence, call: Call) -> None:

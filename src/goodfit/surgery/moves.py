@@ -9,9 +9,9 @@ from torch import Tensor
 
 from goodfit.surgery.atoms import FIXED, compact, varying
 from goodfit.surgery.dependence import Call, Dependence, tensors_in
-from goodfit.surgery.elementwise import combine, spread
+from goodfit.surgery.elementwise import combine, same, spread
 
-__all__ = ["embedding", "glu", "joined", "move", "spatial", "unknown"]
+__all__ = ["embedding", "glu", "joined", "move", "restrided", "spatial", "unknown"]
 
 
 def move(run: Dependence, call: Call) -> None:
@@ -38,6 +38,15 @@ def move(run: Dependence, call: Call) -> None:
         averaging = source.averaging and out.shape[-1:] == shape[-1:]
         run.put(out, source.fed, compact(taint), layers=found, leaf=source.leaf, averaging=averaging)
     return None
+
+
+def restrided(run: Dependence, call: Call) -> None:
+    """`as_strided` that only says anew how an axis of length 1 is laid out, as pooling does."""
+    source, out = call.inputs[0], call.outputs[0]
+    laid = [(n, stride) for n, stride in zip(source.shape, source.stride(), strict=True) if n > 1]
+    if source.shape == out.shape and laid == [(n, s) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]:
+        return same(run, call)
+    return unknown(run, call)
 
 
 def _again(call: Call, source: Tensor, stand_in: Tensor) -> list[Tensor]:
@@ -104,8 +113,8 @@ def glu(run: Dependence, call: Call) -> None:
     dim = int(call.args["dim"]) % out.ndim
     halves = [[x.chunk(2, dim)[i] if x.shape[dim] > 1 else x for x in flow.layers] for i in (0, 1)]
     layers = combine(run, out.ndim, [(out.shape, half) for half in halves])
-    taint = flow.taint.any(dim, keepdim=True)
-    run.put(out, flow.fed, taint, layers=layers)
+    value, gate = flow.taint.expand(flow.tensor.shape).chunk(2, dim)
+    run.put(out, flow.fed, compact(value | gate), layers=layers)
 
 
 def unknown(run: Dependence, call: Call) -> None:

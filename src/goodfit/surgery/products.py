@@ -50,7 +50,7 @@ def convolution(run: Dependence, call: Call) -> None:
         total = x.tensor.shape[1] if not transposed else call.outputs[0].shape[1]
         inner = [run.slices.new(weight.leaf, 1, total, groups)] if weight.leaf and stored else []
     if transposed:
-        w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        w = w.reshape(groups, -1, *w.shape[1:]).transpose(1, 2).flatten(0, 1)
     rows, columns = (inner, stored) if transposed else (stored, inner)
     if groups > 1 and rows and columns and w.shape[1] == 1:
         run.slices.tie(rows[0].view(groups, -1), columns[0].view(groups, 1))
@@ -105,7 +105,7 @@ def _stained(x: Flow, dim: int, reader: Reader) -> Tensor:
     """Which rows of a product depend on the input: those with a weight other than zero at a column that does."""
     stained = _any(x.taint, [d for d in range(x.tensor.ndim) if d != dim]).flatten().expand(x.tensor.shape[dim])
     per_group = stained.view(reader.groups, 1, -1)
-    return (reader.live_weights().unflatten(0, (reader.groups, -1)) & per_group).any(2).flatten()
+    return (reader.grouped(reader.live_weights()) & per_group).any(2).flatten()
 
 
 def _any(taint: Tensor, dims: Iterable[int]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from goodfit.surgery.atoms import compact
-from goodfit.surgery.dependence import Call, Dependence, Flow
+from goodfit.surgery.dependence import Call, Dependence
 from goodfit.surgery.elementwise import combine
 
 __all__ = ["batch_norm", "group_norm", "layer_norm", "reduction"]

@@ -17,12 +17,15 @@ Rule = Callable[[Dependence, Call], None]
 
 _NAMES: dict[Rule, str] = {
     elementwise.same: "clone detach alias _to_copy lift_fresh contiguous",
-    elementwise.pointwise: "_prelu_kernel where masked_fill add sub mul div maximum minimum",
+    elementwise.pointwise: "_prelu_kernel where masked_fill add sub mul div maximum minimum elu celu selu gelu silu mish relu6 "
+    "hardswish hardsigmoid hardtanh hardshrink leaky_relu softplus softshrink threshold log_sigmoid_forward tril triu",
     elementwise.like: "zeros_like ones_like full_like empty_like fill zero",
+    elementwise.new: "new_empty new_empty_strided new_full new_ones new_zeros",
     elementwise.random: "rand randn randint randperm rand_like randn_like bernoulli normal uniform native_dropout",
     elementwise.copied: "copy",
     moves.move: "_unsafe_view _reshape_alias repeat flip roll index index_select gather pixel_shuffle pixel_unshuffle "
     "channel_shuffle native_channel_shuffle im2col unsafe_split unsafe_split_with_sizes split_with_sizes_copy",
+    moves.restrided: "as_strided",
     moves.joined: "cat stack",
     moves.embedding: "embedding",
     moves.glu: "glu",

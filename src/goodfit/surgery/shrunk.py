@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from goodfit.surgery.attention import heads_lost
 from goodfit.surgery.choice import Choice
 from goodfit.surgery.slicing import owner
 
@@ -48,35 +50,34 @@ def what_went(model: nn.Module, choice: Choice, inputs: dict[str, Tensor]) -> li
     """Per layer: what went, how many, of how many; heads of attention beside its units."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[tuple[str, str], tuple[int, int]] = {}
+    rows: dict[str, list[Tensor]] = defaultdict(list)
     for reader in choice.run.readers:
-        gone = choice.gone(reader.rows)
-        if reader.name and gone.any():
-            layer = owner(model, reader.name)[0]
-            path = reader.name.rpartition(".")[0]
-            kind = "filters" if isinstance(layer, _ConvNd) else "units"
-            if path and (path, kind) in found:
-                found[path, kind] = tuple(map(sum, zip(found[path, kind], (int(gone.sum()), len(gone)), strict=True)))  # type: ignore[assignment]
-            else:
-                found[path, kind] = int(gone.sum()), len(gone)
+        if reader.name:
+            rows[reader.name].append(reader.rows)
+    for name, parts in rows.items():
+        ids = torch.unique(torch.cat(parts))
+        kind = "filters" if isinstance(owner(model, name)[0], _ConvNd) else "units"
+        found[name.rpartition(".")[0], kind] = int(choice.gone(ids).sum()), len(ids)
+    for axis in choice.run.slices.axes:
+        if axis.axis == 1 and isinstance(owner(model, axis.name)[0], nn.Embedding):
+            found[axis.name.rpartition(".")[0], "features"] = int((~choice.stays(axis)).sum()), axis.size
     for rectangle in choice.run.rectangles.values():
-        gone = choice.gone(rectangle.ids)
-        lost = int(gone.flatten(1).all(1).sum())
-        if not rectangle.even and rectangle.module is not None and gone.ndim == 2 and lost and gone.shape[1] > 1:
-            found[names.get(id(rectangle.module), "?"), "heads"] = lost, len(gone)
+        lost, total = heads_lost(rectangle, choice)
+        if lost:
+            found[names[id(rectangle.module)], "heads"] = lost, total
     for name, taken in inputs.items():
         total = next(len(reader.columns) for reader in choice.run.readers if reader.name == name)
         found[name.rpartition(".")[0], "inputs"] = total - len(taken), total
-    return [(path, what, count, total) for (path, what), (count, total) in found.items()]
+    return [(path, what, count, total) for (path, what), (count, total) in found.items() if count]
 
 
-def kept_zeros(choice: Choice, reasons: Counter[str]) -> list[tuple[str, int, str]]:
+def kept_zeros(choice: Choice) -> list[tuple[str, int, str]]:
     """Rows of weights that are zero and stay, counted by weight and reason."""
-    found: Counter[tuple[str, str]] = Counter()
+    found: dict[tuple[str, str], set[int]] = defaultdict(set)
     for reader in choice.run.readers:
         if not reader.name or not reader.live:
             continue
         zero = ~reader.live_weights().any(1) & ~choice.gone(reader.rows)
-        for one in choice.label[reader.rows[zero]].tolist():
-            found[reader.name, choice.reasons.get(one, "is read by nothing that is known")] += 1
-    return [(name, count, reason) for (name, reason), count in found.items()]
-
+        for row, one in zip(reader.rows[zero].tolist(), choice.label[reader.rows[zero]].tolist(), strict=True):
+            found[reader.name, choice.reasons.get(one, "is read by nothing that is known")].add(row)
+    return [(name, len(rows), reason) for (name, reason), rows in found.items()]

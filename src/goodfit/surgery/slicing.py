@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from goodfit.surgery.atoms import Axis
+from goodfit.surgery.atoms import FIXED, Axis
 from goodfit.surgery.attention import lower_numbers, narrow
 from goodfit.surgery.choice import Choice
 from goodfit.surgery.dependence import Reader
@@ -42,7 +42,7 @@ class Snapshot:
                 module.__dict__[name] = value
 
 
-def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner(model: nn.Module, name: str) -> tuple[Any, str]:
     """The module that has a parameter or buffer, and its name there."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
@@ -71,7 +71,7 @@ def cut(model: nn.Module, choice: Choice) -> None:
     for axis in choice.run.slices.axes:
         if axis.groups > 1 and axis.name in axes and axis not in axes[axis.name]:
             axes[axis.name].append(axis)
-    touched = {}
+    touched: dict[nn.Module, None] = {}
     for name in dict.fromkeys([*changed, *axes]):
         module, attribute = owner(model, name)
         old = getattr(module, attribute)
@@ -107,13 +107,15 @@ def _constant_part(reader: Reader, which: Tensor) -> Tensor:
     if reader.groups == 1:
         weight = reader.weight.detach()[:, which.to(reader.weight.device)].double().cpu()
         return (weight.flatten(2).sum(2) if weight.ndim > 2 else weight) @ reader.value[which]
-    weight = reader.weight.detach().double().cpu().flatten(2).sum(2).unflatten(0, (reader.groups, -1))
+    weight = reader.grouped(reader.weight.detach().double().cpu().flatten(2).sum(2))
     shape = (reader.groups, 1, -1)
     return torch.where(which.view(shape), weight * reader.value.view(shape), 0.0).sum(2).flatten()
 
 
 def _axis_of(choice: Choice, ids: Tensor) -> Axis:
     axes = choice.run.slices.axes
+    if int(ids.max()) == FIXED:
+        return Axis("", 0, FIXED, 1)
     return axes[bisect_right([a.first for a in axes], int(ids.max())) - 1]
 
 
@@ -133,16 +135,16 @@ def _with_merges(model: nn.Module, choice: Choice) -> dict[str, Tensor]:
 
 def _oriented(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     """A convolution's stored weight, seen as (group, row, column, kernel...)."""
-    grouped = weight.unflatten(0, (groups, -1))
+    grouped = weight.view(groups, -1, *weight.shape[1:])
     return grouped.transpose(1, 2) if transposed else grouped
 
 
-def _sliced(module: nn.Module, value: Tensor, axes: list[Axis], choice: Choice) -> Tensor:
+def _sliced(module: Any, value: Tensor, axes: list[Axis], choice: Choice) -> Tensor:
     grouped = next((a for a in axes if a.groups > 1), None)
     if grouped is not None:
         outer = next((choice.stays(a) for a in axes if a.axis == 0), torch.ones(len(value), dtype=torch.bool))
         parts = zip(
-            value.unflatten(0, (grouped.groups, -1)), outer.view(grouped.groups, -1),
+            value.reshape(grouped.groups, -1, *value.shape[1:]), outer.view(grouped.groups, -1),
             choice.stays(grouped).view(grouped.groups, -1), strict=True,
         )  # fmt: skip
         left = [part[rows.to(part.device)][:, columns.to(part.device)] for part, rows, columns in parts if rows.any()]
