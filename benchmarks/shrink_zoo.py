@@ -120,7 +120,9 @@ def _fixed(model: Any) -> bool:
 
 def _hf(hf: Any, name: str, numbers: dict[str, Any], images: bool) -> tuple[nn.Module, Any, Any]:
     kind = {"T5Encoder": "T5", "CLIPVision": "CLIPVision", "SiglipVision": "SiglipVision"}.get(name, name)
-    model = getattr(hf, f"{name}Model")(getattr(hf, f"{kind}Config")(**numbers))
+    config = getattr(hf, f"{kind}Config")(**numbers)
+    config.use_cache = False  # a cache is an output, and keeps what it holds
+    model = getattr(hf, f"{name}Model")(config)
     if images:
         return model, *({"pixel_values": torch.randn(n, 3, 32, 32)} for n in (1, 2))
     return model, *({"input_ids": torch.randint(3, 100, (n, 7))} for n in (1, 2))
@@ -173,11 +175,15 @@ def measure(name: str, build: Build, largest: float) -> dict[str, Any]:
         return row | {"status": "skipped", "reason": f"more than {largest:g} M parameters"}
     model = prepare(model).double().eval()
     example, fresh = _double(example), _double(fresh)
-    truth = answers(model, fresh)
+    try:
+        truth = answers(model, fresh)
+    except Exception as problem:
+        return row | {"status": "not run", "reason": f"{type(problem).__name__}: {problem}"[:120]}
     try:
         result = gf.shrink(model, example)
-    except gf.GoodfitError as refusal:
-        return row | {"status": "refused", "reason": str(refusal)[:400], "seconds": round(time.perf_counter() - start, 1)}
+    except Exception as refusal:
+        status = "refused" if isinstance(refusal, gf.GoodfitError) else "BROKEN"
+        return row | {"status": status, "reason": str(refusal)[:400], "seconds": round(time.perf_counter() - start, 1)}
     over, error = largest_error(truth, answers(model, fresh))
     heads = sum(count for _, what, count, _ in result.removed if what == "heads")
     row |= {"status": "WRONG" if over > 100 else "shrunk" if result.removed else "nothing to remove", "error": f"{error:.1e}"}

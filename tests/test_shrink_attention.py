@@ -114,7 +114,7 @@ HF: dict[str, tuple[str, dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("case", HF)
 def test_transformers(case: str) -> None:
     name, numbers, out, hidden = HF[case]
-    config = getattr(transformers, f"{name}Config")(**numbers, bos_token_id=1, eos_token_id=2)
+    config = getattr(transformers, f"{name}Config")(**numbers, use_cache=False, bos_token_id=1, eos_token_id=2)
     model = getattr(transformers, f"{name}Model")(config).double().eval()
     for path, module in model.named_modules():
         columns = 0 if case == "GPT-2" else 1

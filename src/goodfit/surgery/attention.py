@@ -86,14 +86,17 @@ def narrow(attention: nn.MultiheadAttention) -> None:
     attention.__class__ = NarrowAttention
 
 
-def heads_lost(rectangle: Rectangle, choice: Choice) -> tuple[int, int]:
-    """After the cut: how many heads went, of how many; none where the module of the view does not count heads."""
-    gone = choice.gone(rectangle.ids)
-    counts = {vars(rectangle.module).get(name) for name in _HEADS} if rectangle.module is not None else set()
-    if rectangle.even or gone.ndim != 2:
-        return 0, 0
-    lost = int(gone.all(1).sum())
-    return (lost if len(gone) - lost in counts else 0), len(gone)
+def heads_lost(choice: Choice) -> dict[nn.Module, tuple[int, int]]:
+    """For each module that attends: how many heads went, of how many."""
+    found: dict[nn.Module, tuple[int, int]] = {}
+    for rectangle in choice.run.rectangles.values():
+        module, gone = rectangle.module, choice.gone(rectangle.ids)
+        if module is not None and module in choice.run.attending and not rectangle.even and gone.ndim == 2:
+            lost, total = int(gone.all(1).sum()), len(gone)
+            # the least, since some views count the heads of all rows of the batch
+            if lost and total < found.get(module, (0, total + 1))[1]:
+                found[module] = lost, total
+    return found
 
 
 def lower_numbers(rectangles: list[Rectangle], choice: Choice) -> None:

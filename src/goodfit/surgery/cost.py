@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from goodfit.surgery.dependence import plain_attention
 from goodfit.surgery.proof import quiet
@@ -22,10 +23,25 @@ def size(model: nn.Module) -> int:
 
 
 def flops(model: nn.Module, example: Any) -> int:
-    """Floating-point operations of products and convolutions in one run."""
-    with quiet(model), plain_attention(), FlopCounterMode(display=False) as counter:
+    """Floating-point operations of products and convolutions in one run, by torch's formulas."""
+    counter = _Flops()
+    with quiet(model), plain_attention(), counter:
         call_model(model, example)
-    return int(counter.get_total_flops())
+    return counter.total
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """torch's own counter also tracks modules by gradient hooks, which fails on models whose parameters are inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count: Any = flop_registry.get(func.overloadpacket)
+        self.total += int(count(*args, **(kwargs or {}), out_val=out)) if count is not None else 0
+        return out
 
 
 def milliseconds(model: nn.Module, example: Any) -> float:

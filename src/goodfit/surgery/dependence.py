@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goodfit.surgery.atoms import Slices, varying
+from goodfit.surgery.atoms import Slices, compact, varying
 
 __all__ = ["INPUT", "Call", "Dependence", "Flow", "Reader", "Rectangle", "plain_attention", "tensors_in"]
 
@@ -98,6 +98,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rectangles: dict[bytes, Rectangle] = {}
         self.used: dict[str, int] = {}
         self.modules: list[nn.Module] = []
+        self.attending: set[nn.Module] = set()
         self.events: list[list[int]] = []
         self.makers: dict[int, list[int]] = {}
         self.needs: list[tuple[int, Callable[[], object]]] = []
@@ -156,6 +157,23 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
             own = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
             self.used[flow.leaf] = self.used.get(flow.leaf, 0) + torch.Size(own).numel()
         return flow
+
+    def unlevel(self, flow: Flow, dims: Iterable[int], zero: bool = False) -> Tensor:
+        """The taint of what is computed across dimensions.
+
+        A constant that varies along them (at a border, say), or whose number of terms counts, is one for this size of input
+        only: so it counts as tainted, unless it is level there, and zero where `zero` asks it.
+        """
+        taint, value = flow.taint, flow.tensor
+        for dim in dims:
+            taint = taint.any(dim, keepdim=True)
+        if not value.is_floating_point() or bool(taint.all()):
+            return taint
+        low, high = value, value
+        for dim in dims:
+            low, high = low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)
+        uneven = (high - low > 16 * torch.finfo(value.dtype).eps * high.abs()) | (high.isnan())
+        return compact(taint | uneven.cpu() | (zero & (high != 0)).cpu()) if flow.fed else taint
 
     def hold(self, layer: Tensor, dims: Iterable[int], reason: str, if_live: bool = False) -> list[Tensor]:
         """Slices must not go along these dimensions alone: what varies beside them goes whole, the rest stays.

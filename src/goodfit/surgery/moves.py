@@ -90,10 +90,8 @@ def spatial(run: Dependence, call: Call) -> None:
     dims = range(ndim - width, ndim)
     if kind is None:
         dims = [d for d in dims if flow.tensor.shape[d] != call.outputs[0].shape[d]]  # type: ignore[assignment]
-    taint, layers = flow.taint, flow.layers
-    for dim in dims:
-        taint = taint.any(dim, keepdim=True)
-    layers = [rest for layer in layers for rest in run.hold(layer, dims, "is pooled or padded over")]
+    taint = run.unlevel(flow, dims)
+    layers = [rest for layer in flow.layers for rest in run.hold(layer, dims, "is pooled or padded over")]
     for out in call.outputs:
         run.put(out, flow.fed, taint, layers=layers)
 

@@ -151,9 +151,8 @@ def _product_taint(left: Flow, right: Flow) -> Tensor:
     a, b = left.tensor, right.tensor
     if bool(left.taint.all()) and bool(right.taint.all()):
         return torch.ones((1,) * a.ndim, dtype=torch.bool)
-    ones, others = (f.taint.expand(f.tensor.shape).float() for f in (left, right))
-    count = ones @ ((b != 0) | right.taint).float() + ((a != 0) | left.taint).float() @ others
-    taint = count > 0.5
+    # two constants that are not zero make one for this number of terms only
+    taint = ((a != 0) | left.taint).float() @ ((b != 0) | right.taint).float() > 0.5
     if left.averaging:
         level = ((b == b[..., :1, :]) & ~right.taint).all(-2, keepdim=True)
         taint = taint & ~level

@@ -12,17 +12,20 @@ from goodfit.surgery.elementwise import combine
 __all__ = ["batch_norm", "group_norm", "layer_norm", "reduction"]
 
 
+_OF_ANY_NUMBER = {"mean", "amax", "amin", "max", "min", "any", "all"}  # of equal values: that value, however many there are
+
+
 def reduction(run: Dependence, call: Call) -> None:
     """Sums, means, extremes and softmax over dimensions, which slices must not leave alone."""
     flow, ndim = run.consume(call.inputs[0]), call.inputs[0].ndim
     given = call.args.get("dim")
     listed = [int(d) % ndim for d in (given if isinstance(given, list | tuple) else [given])] if given is not None else []
     dims = set(listed or range(ndim))
-    taint = flow.taint
-    for dim in dims:
-        taint = taint.any(dim, keepdim=True)
+    taint = run.unlevel(flow, dims, zero=call.name not in _OF_ANY_NUMBER)
     layers = [rest for x in flow.layers for rest in run.hold(x, dims, f"is reduced over by {call.name}", if_live=True)]
-    softmax = call.name in {"_softmax", "_safe_softmax"} and dims == {ndim - 1} and bool(flow.tensor.isfinite().all())
+    softmax = call.name in {"_softmax", "_safe_softmax"} and dims == {ndim - 1}
+    run.attending.update(run.modules[-1:] if softmax else [])
+    softmax &= bool(flow.tensor.isfinite().all())  # where all is masked, a row sums to zero
     for out in call.outputs:
         gone = [] if out.ndim == ndim else sorted(dims, reverse=True)
         shape = [n for d, n in enumerate(taint.shape) if d not in gone]
@@ -42,8 +45,7 @@ def batch_norm(run: Dependence, call: Call) -> None:
         sides.append((torch.Size([*tensor.shape, *after]), [layer.view(*layer.shape, *after) for layer in flow.layers]))
     taint = x.taint
     if call.args.get("training", call.args.get("train", call.args.get("use_input_stats", False))):
-        for dim in {0, *range(2, out.ndim)}:
-            taint = taint.any(dim, keepdim=True)
+        taint = run.unlevel(x, [0, *range(2, out.ndim)])
     layers = combine(run, out.ndim, sides)
     run.put(out, x.fed, compact(_scaled(taint, call.args.get("weight"), after)), layers=layers)
 
@@ -68,9 +70,7 @@ def group_norm(run: Dependence, call: Call) -> None:
     for tensor in call.inputs[1:]:
         for layer in run.consume(tensor).layers:
             run.slices.pin(layer, "is normalized across")
-    taint = x.taint
-    for dim in range(1, out.ndim):
-        taint = taint.any(dim, keepdim=True)
+    taint = run.unlevel(x, range(2, out.ndim)).any(1, keepdim=True)
     run.put(out, x.fed, compact(_scaled(taint, call.args.get("weight"), (1,) * (out.ndim - 2))), layers=layers)
 
 

@@ -68,19 +68,23 @@ def shrink(model: nn.Module, example: Any) -> Shrunk:
     except BaseException:
         before.restore()
         raise
-    return _told(model, example, search, error, before)
+    after = Snapshot(model)
+    try:
+        return _told(model, example, search, error, before, after)
+    except Exception:
+        before.restore()
+        raise
 
 
 def _gap(model: nn.Module, tests: list[Any], truth: list[list[Tensor]]) -> tuple[float, float]:
     return max(largest_error(known, answers(model, test)) for test, known in zip(tests, truth, strict=True))
 
 
-def _told(model: nn.Module, example: Any, search: Search, error: float, before: Snapshot) -> Shrunk:
-    after, choice = Snapshot(model), search.choice
+def _told(model: nn.Module, example: Any, search: Search, error: float, before: Snapshot, after: Snapshot) -> Shrunk:
+    choice = search.choice
     removed = what_went(model, choice, search.inputs)
     kept = kept_zeros(choice)
     if not removed and any(reason not in BENIGN for _, _, reason in kept):
-        before.restore()
         shown = "; ".join(f"{count} in {name}: {reason}" for name, count, reason in kept[:5])
         more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""
         raise GoodfitError(f"shrink found zero units in {type(model).__name__} but none can be removed: {shown}{more}.")

@@ -48,7 +48,7 @@ class Shrunk:
 
 def what_went(model: nn.Module, choice: Choice, inputs: dict[str, Tensor]) -> list[tuple[str, str, int, int]]:
     """Per layer: what went, how many, of how many; heads of attention beside its units."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     found: dict[tuple[str, str], tuple[int, int]] = {}
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for reader in choice.run.readers:
@@ -61,10 +61,8 @@ def what_went(model: nn.Module, choice: Choice, inputs: dict[str, Tensor]) -> li
     for axis in choice.run.slices.axes:
         if axis.axis == 1 and isinstance(owner(model, axis.name)[0], nn.Embedding):
             found[axis.name.rpartition(".")[0], "features"] = int((~choice.stays(axis)).sum()), axis.size
-    for rectangle in choice.run.rectangles.values():
-        lost, total = heads_lost(rectangle, choice)
-        if lost:
-            found[names[id(rectangle.module)], "heads"] = lost, total
+    for module, lost in heads_lost(choice).items():
+        found[names[module], "heads"] = lost
     for name, taken in inputs.items():
         total = next(len(reader.columns) for reader in choice.run.readers if reader.name == name)
         found[name.rpartition(".")[0], "inputs"] = total - len(taken), total
