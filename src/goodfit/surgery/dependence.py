@@ -81,7 +81,8 @@ class Call:
         self.inplace = self.name.endswith("_") and not self.name.startswith("__")
         self.name = self.name.rstrip("_") if self.inplace else self.name
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        self.args = {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
+        self.usual = {a.name: a.default_value for a in func._schema.arguments}
+        self.args = self.usual | given
         self.inputs = list(tensors_in(self.args.values()))
         self.outputs = list(tensors_in(out))
 
@@ -98,6 +99,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rectangles: dict[bytes, Rectangle] = {}
         self.used: dict[str, int] = {}
         self.modules: list[nn.Module] = []
+        self.leaked = False  # a number of the input has become a number of Python
         self.attending: set[nn.Module] = set()
         self.events: list[list[int]] = []
         self.makers: dict[int, list[int]] = {}
@@ -214,6 +216,9 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 need()
         for reader in self.readers:
             reader.live = reader.event in live
+        for held in (self.flows, self.by_storage, self.makers):
+            held.clear()
+        self.needs, self.events = [], []
 
 
 def _storage(tensor: Tensor) -> int:

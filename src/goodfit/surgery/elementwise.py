@@ -69,7 +69,7 @@ def pointwise(run: Dependence, call: Call) -> None:
 
 
 def _constant_zeros(flow: Flow) -> Tensor | None:
-    return None if bool(flow.taint.all()) else compact((flow.tensor == 0) & ~flow.taint)
+    return None if bool(flow.taint.all()) else compact((flow.tensor == 0).cpu() & ~flow.taint)
 
 
 def copied(run: Dependence, call: Call) -> None:

@@ -50,7 +50,7 @@ def choose(model: nn.Module, run: Dependence) -> tuple[Choice, dict[str, str]]:
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     holders: dict[int, list[str]] = defaultdict(list)
     for name, tensor in named:
-        holders[tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor)].append(name)
+        holders[tensor.data_ptr() if tensor.numel() else id(tensor)].append(name)
     shared = {n: f"is shared: {' = '.join(names)}" for names in holders.values() if len(names) > 1 for n in names}
     numel = {name: tensor.numel() for name, tensor in named}
     for name, used in run.used.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,15 @@ def restrided(run: Dependence, call: Call) -> None:
 def _again(call: Call, source: Tensor, stand_in: Tensor) -> list[Tensor]:
     if call.name in {"view", "_unsafe_view", "_reshape_alias"}:
         return [stand_in.reshape(call.outputs[0].shape)]
-    return list(tensors_in(call.func(**{n: stand_in if a is source else a for n, a in call.args.items()})))
+    args = {n: stand_in if a is source else _beside(a) for n, a in call.args.items()}
+    return list(tensors_in(call.func(**args)))
+
+
+def _beside(value: Any) -> Any:
+    """An argument where the numbers of slices are: not on an accelerator."""
+    if isinstance(value, list | tuple):
+        return [_beside(one) for one in value]
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def joined(run: Dependence, call: Call) -> None:
@@ -100,7 +109,7 @@ def embedding(run: Dependence, call: Call) -> None:
     """Rows looked up by number; a feature that is the same in all rows is a constant."""
     table, index, out = run.consume(call.args["weight"]), run.of(call.args["indices"]), call.outputs[0]
     layers = [rest for x in table.layers for rest in run.hold(x, [0], "is looked up by its number")]
-    differs = (table.tensor != table.tensor[:1]).any(0)
+    differs = (table.tensor != table.tensor[:1]).any(0).cpu()
     taint = spread(differs & index.fed, out.ndim)
     run.put(out, index.fed, compact(taint), layers=[spread(x, out.ndim) for x in layers])
 

@@ -152,8 +152,8 @@ def _product_taint(left: Flow, right: Flow) -> Tensor:
     if bool(left.taint.all()) and bool(right.taint.all()):
         return torch.ones((1,) * a.ndim, dtype=torch.bool)
     # two constants that are not zero make one for this number of terms only
-    taint = ((a != 0) | left.taint).float() @ ((b != 0) | right.taint).float() > 0.5
+    taint = ((a != 0).cpu() | left.taint).float() @ ((b != 0).cpu() | right.taint).float() > 0.5
     if left.averaging:
-        level = ((b == b[..., :1, :]) & ~right.taint).all(-2, keepdim=True)
+        level = ((b == b[..., :1, :]).cpu() & ~right.taint).all(-2, keepdim=True)
         taint = taint & ~level
     return taint

@@ -75,4 +75,4 @@ def group_norm(run: Dependence, call: Call) -> None:
 
 
 def _scaled(taint: Tensor, scale: Tensor | None, after: tuple[int, ...]) -> Tensor:
-    return taint if scale is None else taint & (scale != 0).view(*scale.shape, *after)
+    return taint if scale is None else taint & (scale != 0).cpu().view(*scale.shape, *after)

@@ -46,8 +46,17 @@ _SPATIAL = re.compile(r"(pool|upsample|reflection_pad|replication_pad)\w*[123]d|
 def rule(run: Dependence, call: Call) -> None:
     """Hand on what the operands of one operation depend on to its results."""
     found = _RULES.get(call.name) or _by_kind(call.func, call.name)
+    if call.name == "_local_scalar_dense":
+        run.leaked |= run.of(call.inputs[0]).fed and call.inputs[0].dtype != torch.bool
     if call.outputs and (call.inputs or found is elementwise.random):
-        found(run, call)
+        try:
+            found(run, call)
+        except Exception:  # an operand of a kind that the rule does not foresee
+            moves.unknown(run, call)
+    if run.leaked and any(isinstance(value, int | float) and value != call.usual.get(n) for n, value in call.args.items()):
+        # the number may come from the input, by way of Python
+        for out in call.outputs:
+            run.of(out).taint = torch.ones((1,) * out.ndim, dtype=torch.bool)
 
 
 def _by_kind(func: Any, name: str) -> Rule:
