@@ -212,6 +212,13 @@ def test_squeeze_and_excite() -> None:
     assert removed(shrunk(Net(forward, **layers), IMAGES)) == {("a", "filters"): 2, ("g", "units"): 2}
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_units_that_a_recurrent_layer_reads(kind: Any) -> None:
+    model = Net(lambda m, x: m.b(m.r(F.relu(m.a(x)))[0]), a=zero(nn.Linear(4, 6), 1, 3), r=kind(6, 3), b=nn.Linear(3, 2))
+    assert removed(shrunk(model, torch.randn(7, 2, 4), torch.randn(3, 1, 4))) == {("a", "units"): 2}
+    assert model.r.input_size == 4
+
+
 def test_channel_shuffle() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = F.relu(m.a(x))
@@ -261,6 +268,19 @@ def test_an_all_zero_layer_keeps_one_unit() -> None:
     result = shrunk(model, ROWS)
     assert (model[2].out_features, model[0].out_features) == (1, 1)
     assert ("2.weight", 1, "is the last of its layer") in result.kept
+
+
+def test_a_constant_that_holds_for_one_size_of_input_is_none() -> None:
+    inner = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    model = nn.Sequential(zero(nn.Conv2d(3, 4, 3), 1, bias=0.5), inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(GoodfitError, match=r"is read by 4.weight"):
+        gf.shrink(model, IMAGES)
+
+
+def test_a_number_that_passes_through_python_is_no_constant() -> None:
+    model = Net(lambda m, x: m.b(F.relu(m.a(x)) * float(x.sum())), a=zero(nn.Linear(4, 6), 1, bias=1.0), b=nn.Linear(6, 2))
+    with pytest.raises(GoodfitError, match=r"is read by b.weight"):
+        gf.shrink(model, ROWS)
 
 
 def test_nan_weights_stay_nan() -> None:
@@ -426,7 +446,7 @@ def test_a_shrunk_model_copies_pickles_and_keeps_its_keys() -> None:
         assert torch.equal(twin(ROWS), model(ROWS))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.sampled_from(["conv", "wide", "depthwise", "grouped", "add", "pool"]), max_size=4))
 def test_random_networks_are_never_wrong_and_nothing_dead_stays(seed: int, plan: list[str]) -> None:
     torch.manual_seed(seed)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from goodfit.errors import GoodfitError
 from goodfit.surgery.choice import Choice
-from goodfit.surgery.dependence import Rectangle
+from goodfit.surgery.flows import Rectangle
 
 __all__ = ["NarrowAttention", "heads_lost", "lower_numbers", "narrow"]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from goodfit.surgery.atoms import FIXED, Axis
-from goodfit.surgery.dependence import Dependence, Reader
+from goodfit.surgery.dependence import Dependence
+from goodfit.surgery.flows import Reader
 
 __all__ = ["Choice"]
 

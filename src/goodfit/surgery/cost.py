@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from goodfit.surgery.dependence import plain_attention
+from goodfit.surgery.dependence import plain_operations
 from goodfit.surgery.proof import quiet
 from goodfit.surgery.trace import call_model
 
@@ -25,7 +25,7 @@ def size(model: nn.Module) -> int:
 def flops(model: nn.Module, example: Any) -> int:
     """Floating-point operations of products and convolutions in one run, by torch's formulas."""
     counter = _Flops()
-    with quiet(model), plain_attention(), counter:
+    with quiet(model), plain_operations(), counter:
         call_model(model, example)
     return counter.total
 

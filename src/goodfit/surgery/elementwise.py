@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from goodfit.surgery.atoms import compact, varying
-from goodfit.surgery.dependence import Call, Dependence, Flow
+from goodfit.surgery.dependence import Dependence
+from goodfit.surgery.flows import Call, Flow
 
 __all__ = ["combine", "copied", "like", "new", "pointwise", "random", "same", "spread"]
 

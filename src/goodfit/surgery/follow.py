@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from goodfit.surgery.choice import Choice
-from goodfit.surgery.dependence import Dependence, plain_attention, tensors_in
+from goodfit.surgery.dependence import Dependence, plain_operations
+from goodfit.surgery.flows import tensors_in
 from goodfit.surgery.proof import quiet
 from goodfit.surgery.rules import rule
 from goodfit.surgery.slicing import bias_of, owner
@@ -24,7 +25,7 @@ def follow(model: nn.Module, example: Any) -> Dependence:
     """What all tensors of one run in eval mode depend on."""
     leaves = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
     run = Dependence(tensors_in(example), leaves, rule)
-    with quiet(model), plain_attention(), _stack_of_modules(model, run.modules), run:
+    with quiet(model), plain_operations(), _stack_of_modules(model, run.modules), run:
         outputs = call_model(model, example)
     run.finish(outputs)
     return run

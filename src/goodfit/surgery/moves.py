@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from goodfit.surgery.atoms import FIXED, compact, varying
-from goodfit.surgery.dependence import Call, Dependence, tensors_in
+from goodfit.surgery.dependence import Dependence
 from goodfit.surgery.elementwise import combine, same, spread
+from goodfit.surgery.flows import Call, tensors_in
 
 __all__ = ["embedding", "glu", "joined", "move", "restrided", "spatial", "unknown"]
 

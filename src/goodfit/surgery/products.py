@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from goodfit.surgery.atoms import FIXED, compact, varying
-from goodfit.surgery.dependence import INPUT, Call, Dependence, Flow, Reader
+from goodfit.surgery.dependence import Dependence
 from goodfit.surgery.elementwise import combine, spread
+from goodfit.surgery.flows import INPUT, Call, Flow, Reader
 from goodfit.surgery.moves import unknown
 
 __all__ = ["batched", "convolution", "matrix"]

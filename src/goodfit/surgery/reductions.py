@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from goodfit.surgery.atoms import compact
-from goodfit.surgery.dependence import Call, Dependence
+from goodfit.surgery.dependence import Dependence
 from goodfit.surgery.elementwise import combine
+from goodfit.surgery.flows import Call
 
 __all__ = ["batch_norm", "group_norm", "layer_norm", "reduction"]
 

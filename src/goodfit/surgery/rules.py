@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from goodfit.surgery import elementwise, moves, products, reductions
-from goodfit.surgery.dependence import Call, Dependence
+from goodfit.surgery.dependence import Dependence
+from goodfit.surgery.flows import Call
 
 __all__ = ["rule"]
 

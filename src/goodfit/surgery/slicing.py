@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from goodfit.surgery.atoms import FIXED, Axis
 from goodfit.surgery.attention import lower_numbers, narrow
 from goodfit.surgery.choice import Choice
-from goodfit.surgery.dependence import Reader
+from goodfit.surgery.flows import Reader
 
 __all__ = ["Snapshot", "bias_of", "cut", "owner"]
 
@@ -170,7 +170,7 @@ def _set(module: nn.Module, attribute: str, value: Tensor, template: Tensor) -> 
     module._parameters[attribute] = new
 
 
-def _tell_sizes(module: nn.Module) -> None:
+def _tell_sizes(module: Any) -> None:
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
@@ -181,6 +181,9 @@ def _tell_sizes(module: nn.Module) -> None:
         module.num_features = next(len(t) for t in _vectors(module))
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
         module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+        module.input_size = module._flat_weights[0].shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
     elif isinstance(module, nn.Embedding):
