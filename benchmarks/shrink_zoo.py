@@ -82,16 +82,16 @@ def zoo(stub: str | None) -> Iterator[tuple[str, Build]]:
     if stub:
         sys.path.insert(0, stub)
         importlib.import_module("zoo_stub")
+    hf: Any = importlib.import_module("transformers")
+    for kinds, images in ((TEXTS, False), (IMAGES, True)):
+        for name, numbers in kinds.items():
+            yield f"transformers/{name}", partial(_hf, hf, name, numbers, images)
     vision: Any = importlib.import_module("torchvision.models")
     for name in vision.list_models(module=vision):
         yield f"torchvision/{name}", partial(_vision, vision, name)
     timm: Any = importlib.import_module("timm")
     for name in TIMM.split():
         yield f"timm/{name}", partial(_timm, timm, name)
-    hf: Any = importlib.import_module("transformers")
-    for kinds, images in ((TEXTS, False), (IMAGES, True)):
-        for name, numbers in kinds.items():
-            yield f"transformers/{name}", partial(_hf, hf, name, numbers, images)
 
 
 def _vision(vision: Any, name: str) -> tuple[nn.Module, Any, Any]:
@@ -131,8 +131,9 @@ def _hf(hf: Any, name: str, numbers: dict[str, Any], images: bool) -> tuple[nn.M
 def prepare(model: nn.Module) -> nn.Module:
     """Random statistics, and zeros in three rows of ten and in one head of three."""
     with torch.no_grad():
+        module: Any
         for module in model.modules():
-            weight = getattr(module, "weight", None)
+            weight: Any = getattr(module, "weight", None)
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 for tensor in (module.weight, module.running_var):
                     if tensor is not None:
@@ -140,8 +141,8 @@ def prepare(model: nn.Module) -> nn.Module:
                 for tensor in (module.bias, module.running_mean):
                     if tensor is not None:
                         tensor.normal_(0, 0.3)
-            elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and isinstance(weight, nn.Parameter):
-                axis = 1 if getattr(module, "transposed", False) else 0
+            elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or hasattr(module, "nf"):
+                axis = 1 if getattr(module, "transposed", False) or hasattr(module, "nf") else 0
                 rows = torch.rand(weight.shape[axis]) < 0.3
                 weight.index_fill_(axis, rows.nonzero().flatten(), 0.0)
                 if module.bias is not None and len(rows) == len(module.bias):
@@ -151,15 +152,19 @@ def prepare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _zero_heads(module: nn.Module) -> None:
-    heads = next(
-        (n for k in ("num_heads", "num_attention_heads", "n_heads") if isinstance(n := getattr(module, k, None), int)), 0
-    )
-    names = ("out_proj", "proj", "dense", "o_proj", "c_proj", "out_lin", "o")
-    out = next((m for k in names if isinstance(m := getattr(module, k, None), nn.Linear)), None)
-    if heads > 1 and out is not None and out.in_features % heads == 0:
-        width = out.in_features // heads
-        out.weight[:, : width * max(1, heads // 3)] = 0.0
+def _zero_heads(module: Any) -> None:
+    inner = getattr(module, "self", module)
+    holders = (inner, getattr(inner, "config", None))
+    names = ("num_heads", "num_attention_heads", "n_heads")
+    heads = next((n for holder in holders for k in names if isinstance(n := getattr(holder, k, None), int)), 0)
+    beside = getattr(module, "output", module) if inner is not module else module
+    outs = ("out_proj", "proj", "dense", "o_proj", "c_proj", "out_lin", "o")
+    out = next((m for k in outs if isinstance(m := getattr(beside, k, None), nn.Linear) or hasattr(m, "nf")), None)
+    if heads > 1 and out is not None and "ttention" in type(module).__name__:
+        axis = 0 if hasattr(out, "nf") else 1
+        width, rest = divmod(out.weight.shape[axis], heads)
+        if rest == 0:
+            out.weight.narrow(axis, 0, width * max(1, heads // 3)).zero_()
 
 
 def measure(name: str, build: Build, largest: float) -> dict[str, Any]:

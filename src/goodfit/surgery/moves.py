@@ -22,7 +22,7 @@ def move(run: Dependence, call: Call) -> None:
     if call.inplace or any(run.of(t).fed for t in call.inputs[1:]):
         return unknown(run, call)
     shape = source.tensor.shape
-    taints = _again(call, source.tensor, source.taint.expand(shape))
+    taints = [t.bool() for t in _again(call, source.tensor, source.taint.expand(shape))]
     layers: list[list[Tensor]] = [[] for _ in call.outputs]
     for layer in source.layers:
         pieces = [compact(t) for t in _again(call, source.tensor, layer.expand(shape))]
@@ -54,8 +54,10 @@ def restrided(run: Dependence, call: Call) -> None:
 def _again(call: Call, source: Tensor, stand_in: Tensor) -> list[Tensor]:
     if call.name in {"view", "_unsafe_view", "_reshape_alias"}:
         return [stand_in.reshape(call.outputs[0].shape)]
+    if call.name == "im2col":  # is not implemented for integers
+        stand_in = stand_in.double()
     args = {n: stand_in if a is source else _beside(a) for n, a in call.args.items()}
-    return list(tensors_in(call.func(**args)))
+    return [t.long() if t.is_floating_point() else t for t in tensors_in(call.func(**args))]
 
 
 def _beside(value: Any) -> Any:

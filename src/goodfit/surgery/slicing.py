@@ -183,7 +183,7 @@ def _tell_sizes(module: Any) -> None:
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-        module.input_size = module._flat_weights[0].shape[1]
+        module.input_size = next(module.parameters(recurse=False)).shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
     elif isinstance(module, nn.Embedding):
