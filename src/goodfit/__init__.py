@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet, GroupLasso as GroupLasso
     from goodfit.run import Run as Run
+    from goodfit.surgery.shrink import shrink as shrink
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ _NAMES = {
     "explain": "explanation",
     "fit": "fitting",
     "parse": "cocktail",
+    "shrink": "surgery.shrink",
 }
 
 
