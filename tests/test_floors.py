@@ -24,6 +24,7 @@ FLOORS = [
     {"data", "loop", "explanation"},
     {"fitting"},
     {"tabular", "report"},
+    {"paths"},
     {"job", "manual"},
     {"cli"},
     {"__init__", "__main__"},

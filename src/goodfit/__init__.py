@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.explanation import Explanation as Explanation, explain as explain
     from goodfit.fitting import Fit as Fit, fit as fit
+    from goodfit.paths.path import path as path
+    from goodfit.paths.result import Path as Path
     from goodfit.regularizers.batchnorm import BatchNorm as BatchNorm
     from goodfit.regularizers.constraints import MaxNorm as MaxNorm
     from goodfit.regularizers.dropout import Dropout as Dropout
@@ -46,10 +48,12 @@ _NAMES = {
     "Fit": "fitting",
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
+    "Path": "paths.result",
     "Run": "run",
     "explain": "explanation",
     "fit": "fitting",
     "parse": "cocktail",
+    "path": "paths.path",
     "shrink": "surgery.shrink",
 }
 

@@ -91,6 +91,47 @@ def fit(
 
 
 @app.command()
+def path(
+    data: Annotated[Path, typer.Argument(help="A table: .csv .tsv .parquet .feather .arrow, or .npz with X and y.")],
+    target: Annotated[str, typer.Option(help="The column to predict.")],
+    model: Annotated[str, typer.Option(help="network or linear.")] = "network",
+    over: Annotated[str | None, typer.Option(help="The regularizer [default: whole inputs of a network, else L1].")] = None,
+    cocktail: Annotated[str | None, typer.Option(help="What acts along [default: the model's own].")] = None,
+    cv: Annotated[int | None, typer.Option(help="Folds over train and valid [default: the valid part].", min=2)] = None,
+    count: Annotated[int, typer.Option(help="About how many λ.", min=1)] = 30,
+    epochs: Annotated[int, typer.Option(help="For each λ, of a network.", min=1)] = 20,
+    out: Annotated[Path | None, typer.Option(help="The folder to make [default: DATA-path, or DATA-path-2, ...].")] = None,
+    task: Annotated[str | None, typer.Option(help="classes or numbers [default: by the target's values].")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the start, the order, all noise.", min=0, max=2**32 - 1)] = 0,
+    threads: Annotated[int, typer.Option(help="Of torch; one is quick for small networks.", min=1, max=256)] = 1,
+    missing: Annotated[list[str] | None, typer.Option(help="A cell that means missing; may be repeated.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be repeated.")] = None,
+    encoding: Annotated[str, typer.Option(help="Of a text file.")] = "utf-8",
+) -> None:
+    """Train a table's model from dense to sparse; show which columns it needs."""
+    from goodfit.paths.table import Settings, lines, path_of_table
+
+    reading: dict[str, Any] = {"encoding": encoding, "missing": missing, "drop": drop}
+    settings = Settings(
+        model=model,
+        over=over,
+        cocktail=cocktail,
+        cv=cv,
+        task=task,
+        count=count,
+        epochs=epochs,
+        seed=seed,
+        threads=threads,
+        reading={key: value for key, value in reading.items() if value},
+        command=_command(),
+    )
+    folder = out if out is not None else _free(data, "path")
+    for line in lines(path_of_table(data, target, folder, settings, _tell)):
+        typer.echo(_printable(line))
+    typer.echo(f"path folder {_printable(str(folder))}, page {_printable(str(folder / 'path.html'))}")
+
+
+@app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder that goodfit fit has written.")],
     data: Annotated[Path, typer.Argument(help="A table with the same columns, in any order.")],
@@ -132,10 +173,10 @@ def _command() -> str:
     return shlex.join(["goodfit", *(a for a in sys.argv[1:] if a != "--debug")])
 
 
-def _free(data: Path) -> Path:
-    """DATA-run in this folder, or the first of DATA-run-2, -3, ... that is free."""
+def _free(data: Path, kind: str = "run") -> Path:
+    """DATA-run in this folder, or the first of DATA-run-2, -3, ... that is free; or DATA-path."""
     stem = data.name.split(".")[0] or "table"
-    names = (f"{stem}-run{end}" for end in ("", *(f"-{i}" for i in range(2, 10_000))))
+    names = (f"{stem}-{kind}{end}" for end in ("", *(f"-{i}" for i in range(2, 10_000))))
     return next(Path(name) for name in names if not Path(name).exists())
 
 

@@ -25,7 +25,7 @@ from goodfit.run import Run
 from goodfit.schedules import Schedule
 from goodfit.surgery.trace import call_model, evaluating, training as training_mode
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "MakeOptimizer", "as_reals", "averaged", "fit", "optimizer_for"]
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -81,12 +81,12 @@ def fit(
         torch.manual_seed(seed)
         x, y = to_device(peek(training), home)
         kind = task if task is not None else "" if loss is not None else task_of(y)
-        measure = _averaged(loss or loss_of(kind))
+        measure = averaged(loss or loss_of(kind))
         mix = _in_steps(as_cocktail(cocktail), training)
         _refuse_maximizing(mix)
         run = Run(mix, model, loss=measure, example=x, seed=seed)
-        prepare = _as_reals(mix, kind, model, x, y)
-        chosen = _optimizer(optimizer, model)
+        prepare = as_reals(mix, kind, model, x, y)
+        chosen = optimizer_for(optimizer, model)
         with training_mode(model), Progress(epochs, "fit", progress) as bar:
             history, why = train_epochs(run, chosen, training, validation, measure, prepare, epochs, bar)
         run.finish()
@@ -113,7 +113,8 @@ def _home(model: Any, device: torch.device | str | None) -> torch.device:
     return home
 
 
-def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
+def optimizer_for(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
+    """The optimizer that was given, made or meant; refuses one that cannot train the whole model."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise GoodfitError(f"{type(model).__name__} has no trainable parameter; unfreeze some.")
@@ -154,7 +155,7 @@ def _refuse_maximizing(cocktail: Cocktail) -> None:
             raise GoodfitError(f"fit scores by the validation loss, where lower is better, got {one}; leave mode out.")
 
 
-def _as_reals(cocktail: Cocktail, kind: str, model: nn.Module, x: Any, y: Tensor) -> Prepare | None:
+def as_reals(cocktail: Cocktail, kind: str, model: nn.Module, x: Any, y: Tensor) -> Prepare | None:
     """What makes whole targets mixable for a Batch regularizer: reals, or probabilities over the classes of the model."""
     if y.is_floating_point() or not any(cocktail.of(Batch)):
         return None
@@ -172,7 +173,7 @@ def _as_reals(cocktail: Cocktail, kind: str, model: nn.Module, x: Any, y: Tensor
     return one_hot
 
 
-def _averaged(measure: LossFunction) -> LossFunction:
+def averaged(measure: LossFunction) -> LossFunction:
     """The loss function, refusing what is not one number."""
 
     def checked(outputs: Any, y: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.surgery.trace import call_model, evaluating
 
-__all__ = ["LossFunction", "Prepare", "evaluate", "train_epochs"]
+__all__ = ["LossFunction", "Prepare", "evaluate", "train_epoch", "train_epochs"]
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 Prepare = Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ def train_epochs(
     try:
         for epoch in range(1, epochs + 1):
             started = time.perf_counter()
-            train_loss = _train(run, optimizer, training, prepare)
+            train_loss = train_epoch(run, optimizer, training, prepare)
             score = evaluate(run.model, validation, measure)
             go_on = run.epoch(score, train_loss=train_loss)
             best = min(best, score) if math.isfinite(score) else best
@@ -59,7 +59,7 @@ def train_epochs(
     return history, ""
 
 
-def _train(run: Run, optimizer: Optimizer, training: Any, prepare: Prepare | None) -> float:
+def train_epoch(run: Run, optimizer: Optimizer, training: Any, prepare: Prepare | None) -> float:
     """One epoch; the mean loss over its rows, as it was during the epoch."""
     home = next(run.model.parameters()).device
     total, rows = torch.zeros((), dtype=torch.float64, device=home), 0

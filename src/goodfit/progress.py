@@ -1,4 +1,4 @@
-"""A progress bar for a training: epoch, train loss, valid loss, best, patience left. Quiet where there is no terminal."""
+"""A progress bar: of a training with epoch, train loss, valid loss, best, patience left. Quiet where there is no terminal."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ class Progress:
 
     def tell(self, row: dict[str, Any]) -> None:
         """Show the history row of an epoch."""
-        if self.bar is None:
-            return
         told = f"epoch {row['epoch']}  train {row['train_loss']:.4g}  valid {row['valid_loss']:.4g}  best {row['best']:.4g}"
         left = row["patience_left"]
-        self.bar.update(self.task, completed=row["epoch"], told=told + (f"  patience {left:g}" if left is not None else ""))
+        self.show(row["epoch"], told + (f"  patience {left:g}" if left is not None else ""))
+
+    def show(self, completed: int, told: str) -> None:
+        """Show how far it is, and a few words."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=completed, told=told)

@@ -1,0 +1,1 @@
+"""Paths over λ: the same model under more and more of one regularizer."""
