@@ -12,7 +12,7 @@ from sklearn.linear_model import ElasticNet, Lasso
 from torch import Tensor, nn, optim
 
 import goodfit as gf
-from goodfit.rates import rate_of
+from goodfit.rates import formula_of
 from test_rates import OPTIMIZERS
 
 ALPHA, RATIO = 0.15, 0.6
@@ -176,7 +176,7 @@ def test_rates_read_steps_and_learning_rates_that_are_tensors(kind: Any) -> None
     for state in tensors.state.values():
         state["step"] = torch.as_tensor(state["step"]).float()
     for p in model.parameters():
-        for one, other in zip(*(rate_of(o, o.param_groups[0], p) for o in (plain, tensors)), strict=True):
+        for one, other in zip(*(formula_of(o)(o.param_groups[0], o.state[p]) for o in (plain, tensors)), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet, GroupLasso as GroupLasso
     from goodfit.run import Run as Run
+    from goodfit.surgery.shrink import shrink as shrink
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _NAMES = {
     "fit": "fitting",
     "parse": "cocktail",
     "path": "paths.path",
+    "shrink": "surgery.shrink",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from goodfit import rates
+from goodfit.blocks import Block, block_of, blocks
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hooks import lacking
-from goodfit.phases import Gradient, Penalty, Step
+from goodfit.phases import Gradient, Penalty, State, Step
 from goodfit.plan import Plan
 from goodfit.regularizers.shrinkage import L2, L2SP, WeightDecay
 from goodfit.tensors import load_tensors
@@ -31,6 +32,7 @@ class Beside:
         self.optimizers: list[Optimizer] = []
         self.covered = False
         self._live: dict[int, dict[str, nn.Parameter]] = {}
+        self._formulas: dict[int, rates.Formula] = {}
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, redo: Redo) -> None:
@@ -39,10 +41,13 @@ class Beside:
         self._live[id(optimizer)] = live
         uphill = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
         for key, one in self.plan.of(Penalty):
-            for names in _pieces(one, [n for n in self.plan.chosen[key] if n in live]):
-                slopes = one.slope({n: live[n].detach() for n in names}, self.plan.states[key])
-                for name, slope in slopes.items():
-                    _grad(live[name], name).add_(slope, alpha=-1 if id(live[name]) in uphill else 1)
+            names = [n for n in self.plan.chosen[key] if n in live]
+            weights = {n: live[n].detach() for n in names}
+            grads = {n: _grad(live[n], n) for n in names}
+            for part, block, state in _pieces(one, weights, grads, self.plan.states[key]):
+                for name, slope in one.slope(part, state).items():
+                    grad = block_of(grads[name], block, grads[name])
+                    grad.add_(slope, alpha=-1 if id(live[name]) in uphill else 1)
         for key, one in self.plan.of(Gradient):
             grads = {n: _grad(p, n) for n, p in live.items()}
             weights = {n: p.detach() for n, p in live.items()}
@@ -70,16 +75,20 @@ class Beside:
         for key, one in self.plan.of(Step):
             if one.moment not in moments:
                 continue
-            for names in _pieces(one, [n for n in self.plan.chosen[key] if n in live]):
-                weights = {n: live[n].detach() for n in names}
-                lr = {n: torch.as_tensor(groups[id(live[n])]["lr"], dtype=torch.float64) for n in names}
-                rate = {}
-                if one.moment == "proximal":
-                    both = {n: rates.rate_of(optimizer, groups[id(live[n])], live[n]) for n in names}
-                    rate, lr = {n: r for n, (r, _) in both.items()}, {n: reach for n, (_, reach) in both.items()}
-                moved, self.plan.states[key] = one.step(weights, lr, rate, self.plan.states[key])
-                for name, new in moved.items():
-                    live[name].copy_(new)
+            weights = {n: live[n].detach() for n in self.plan.chosen[key] if n in live}
+            for part, block, state in _pieces(one, weights, {}, self.plan.states[key]):
+                lr, rate = {}, {}
+                for n in part:
+                    group = groups[id(live[n])]
+                    lr[n] = torch.as_tensor(group["lr"], dtype=torch.float64)
+                    if one.moment == "proximal":
+                        memory = block_of(optimizer.state[live[n]], block, live[n])
+                        rate[n], lr[n] = self._formulas[id(optimizer)](group, memory)
+                moved, new = one.step(part, lr, rate, state)
+                for name, w in moved.items():
+                    part[name].copy_(w)
+                if not one.elementwise:
+                    self.plan.states[key] = new
 
     def _again(self, live: dict[str, nn.Parameter], redo: Redo) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
         """The gradient of the same batch with the same noise at other weights; the model is afterwards as it was."""
@@ -109,7 +118,7 @@ class Beside:
         if acting and isinstance(optimizer, LBFGS):
             raise GoodfitError(f"{acting[0]} cannot act beside LBFGS, which evaluates several times a step; use SGD or Adam.")
         if any(isinstance(r, Step) and r.moment == "proximal" for r in acting):
-            rates.formula_of(optimizer)
+            self._formulas[id(optimizer)] = rates.formula_of(optimizer)
         decays = any(group.get("weight_decay", 0) for group in optimizer.param_groups)
         twice = next((r for r in acting if isinstance(r, L2 | L2SP | WeightDecay)), None)
         if decays and twice is not None:
@@ -137,9 +146,18 @@ class Beside:
         return {n: p for n, p in self.plan.model.named_parameters() if id(p) in held}
 
 
-def _pieces(one: Penalty | Step, names: list[str]) -> list[list[str]]:
-    """One weight at a time where each number counts by itself, else all at once."""
-    return [[n] for n in names] if one.elementwise else [names] if names else []
+def _pieces(
+    one: Penalty | Step, weights: dict[str, Tensor], grads: dict[str, Tensor], state: State
+) -> Iterator[tuple[dict[str, Tensor], Block, State]]:
+    """All weights at once, or block by block with their part of the state where each number counts by itself."""
+    if not one.elementwise:
+        if weights:
+            yield weights, None, state
+        return
+    for name, w in weights.items():
+        mine = {key: value for key, value in state.items() if key.endswith(f".{name}")}
+        for block in blocks(w, *((grads[name],) if name in grads else ())):
+            yield {name: block_of(w, block, w)}, block, block_of(mine, block, w)
 
 
 def _grad(p: nn.Parameter, name: str) -> Tensor:

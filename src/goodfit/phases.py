@@ -136,7 +136,8 @@ class Penalty(Regularizer):
     """Selected weights → scalar that the objective gains."""
 
     elementwise: ClassVar[bool] = False
-    """Whether each number counts by itself: then a run hands over one weight at a time, which spares a copy of them all."""
+    """Whether each number counts by itself, and the state, entries "part.name" of a weight's shape, does not change: then
+    a run hands weights over in blocks, flattened."""
 
     @abstractmethod
     def penalty(self, weights: Weights, state: State) -> Tensor:

@@ -22,10 +22,11 @@ from torch import Tensor, optim
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["formula_of", "rate_of"]
+__all__ = ["Formula", "formula_of"]
 
 Group = dict[str, Any]
 Formula = Callable[[Group, dict[str, Any]], tuple[Tensor, Tensor]]
+"""(param group, state of a weight or of a block of it) → rate and reach; shape () where all its numbers share one."""
 
 
 def _scalar(value: Any) -> Tensor:
@@ -41,7 +42,7 @@ def _adam(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     lr = _scalar(group["lr"])
     second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
     correction = 1 - group["betas"][1] ** _scalar(state["step"])
-    return lr / second.div(correction).sqrt_().add_(group["eps"]), lr
+    return lr / second.mul(correction.reciprocal()).sqrt_().add_(group["eps"]), lr
 
 
 def _rmsprop(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -105,8 +106,3 @@ def formula_of(optimizer: optim.Optimizer) -> Formula:
     raise GoodfitError(
         f"A proximal step needs the optimizer's rate per weight, and that of {kind.__name__} is not known; use one of {names}."
     )
-
-
-def rate_of(optimizer: optim.Optimizer, group: Group, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Rate and reach of parameter `p` of `group` after a step: of p's shape, or () where all its weights share one."""
-    return formula_of(optimizer)(group, optimizer.state[p])

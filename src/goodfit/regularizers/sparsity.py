@@ -119,9 +119,9 @@ class ElasticNet(Step):
 class GroupLasso(Step):
     """Lasso over groups: whole units, filters, input features or attention heads become exactly zero, and can be removed.
 
-    Formula: J(w) = loss + lam · Σ_g √|g| · ‖w_g‖. After the optimizer's step, with θ = lam · √|g| · rate per weight, a group with
-        Σ (w/θ)² <= 1 becomes zero; in any other w ← w · s/(s + θ), where s > 0 solves Σ w²/(s + θ)² = 1. No weight moves by
-        more than 10 · reach (see L1).
+    Formula: J(w) = loss + lam · Σ_g √|g| · ‖w_g‖. After the optimizer's step, with θ = lam · √|g| · rate per weight, a group
+        with Σ (w/θ)² <= 1 becomes zero; in any other w ← w · s/(s + θ), where s > 0 solves Σ w²/(s + θ)² = 1. No weight moves
+        by more than 10 · reach (see L1).
     Phase: Step, proximal; weights of any shape → the same shapes.
     Numbers: lam, per unit of loss and weight, >= 0, off at 0. groups: units, inputs, heads() or custom({...}) of gf.groups;
         weights that have no such group stay as they are.
