@@ -32,4 +32,4 @@ def block_of(value: Any, block: Block, like: Tensor) -> Any:
         return value
     if isinstance(value, Mapping):
         return {name: block_of(one, block, like) for name, one in value.items()}
-    return value.view(-1)[block] if isinstance(value, Tensor) and value.shape == like.shape else value
+    return value.reshape(-1)[block] if isinstance(value, Tensor) and value.shape == like.shape else value
