@@ -229,6 +229,13 @@ def test_channel_shuffle() -> None:
     assert removed(shrunk(model, IMAGES)) == {("a", "filters"): 2}
 
 
+def test_pixel_shuffle() -> None:
+    first = zero(nn.Conv2d(3, 16, 3), 0, 4, 5, 6, 7)  # all four filters of channel 1, one of channel 0
+    model = nn.Sequential(first, nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+    assert removed(shrunk(model, IMAGES, torch.randn(1, 3, 6, 7))) == {("0", "filters"): 4}
+    assert model[3].in_channels == 3
+
+
 def test_halves() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         left, right = F.relu(m.a(x)).chunk(2, 1)
