@@ -1,10 +1,7 @@
-"""Shrinking: what is exactly zero goes, what it still emits is folded, and the model says the same or is untouched."""
+"""Shrinking: what is exactly zero goes, what it still emits is folded, and the model says the same."""
 
 from __future__ import annotations
 
-import copy
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,63 +9,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
 import goodfit as gf
 from goodfit import GoodfitError
-from goodfit.surgery.proof import answers, largest_error
-from goodfit.surgery.trace import call_model
-
-
-class Net(nn.Module):
-    """A model from named layers and a function that calls them."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = forward
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        return self.run(self, *args, **kwargs)
-
-
-def zero(layer: Any, *rows: int, axis: int = 0, bias: float = 0.0) -> Any:
-    """The layer with rows of zeros, and this bias there."""
-    layer.weight.detach().index_fill_(axis, torch.tensor(rows, dtype=torch.long), 0.0)
-    if layer.bias is not None:
-        layer.bias.detach()[list(rows)] = bias
-    return layer
-
-
-def settled(model: nn.Module) -> nn.Module:
-    """The model with batch norm statistics as after training."""
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._NormBase):
-            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
-            norm.weight.detach().uniform_(0.5, 2), norm.bias.detach().normal_()
-    return model
-
-
-def shrunk(model: nn.Module, example: Any, fresh: Any = None) -> Any:
-    """The result; the outputs are those of before on the example and on a batch that it has not seen."""
-    before = copy.deepcopy(model)
-    result = gf.shrink(model, example)
-    assert result.model is model
-    assert result.error <= 1e-10
-    for x in (example, fresh if fresh is not None else example):
-        over, _ = largest_error(answers(before, x), answers(model, x))
-        assert over <= 1
-    call_model(model.train(), example)  # and it still trains
-    assert result.parameters == (sum(p.numel() for p in before.parameters()), sum(p.numel() for p in model.parameters()))
-    return result
-
-
-def removed(result: Any) -> dict[tuple[str, str], int]:
-    return {(layer, what): count for layer, what, count, _ in result.removed}
-
-
-ROWS, IMAGES = torch.randn(5, 4, dtype=torch.float64), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+from shrinking import IMAGES, ROWS, Net, removed, settled, shrunk, zero
 
 
 def test_units_of_a_perceptron() -> None:
@@ -229,6 +173,13 @@ def test_channel_shuffle() -> None:
     assert removed(shrunk(model, IMAGES)) == {("a", "filters"): 2}
 
 
+def test_pixel_shuffle() -> None:
+    first = zero(nn.Conv2d(3, 16, 3), 0, 4, 5, 6, 7)  # all four filters of channel 1, one of channel 0
+    model = nn.Sequential(first, nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+    assert removed(shrunk(model, IMAGES, torch.randn(1, 3, 6, 7))) == {("0", "filters"): 4}
+    assert model[3].in_channels == 3
+
+
 def test_halves() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         left, right = F.relu(m.a(x)).chunk(2, 1)
@@ -322,128 +273,6 @@ def test_a_unit_that_is_returned_stays() -> None:
     model = Net(lambda m, x: (h := F.relu(m.a(x)), m.b(h)), a=zero(nn.Linear(4, 6), 2), b=nn.Linear(6, 2))
     with pytest.raises(GoodfitError, match=r"1 in a.weight: is an output of the model"):
         gf.shrink(model, ROWS)
-
-
-def test_nothing_zero_is_no_error() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    parameters = list(model.parameters())
-    result = gf.shrink(model, ROWS)
-    assert result.removed == result.kept == ()
-    assert "0 removed" in str(result)
-    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-
-
-def test_modes_and_the_random_generator_are_put_back() -> None:
-    model = nn.Sequential(zero(nn.Linear(4, 6), 2), nn.Dropout(0.5), nn.Linear(6, 2)).train()
-    model[1].eval()
-    state = torch.get_rng_state()
-    gf.shrink(model, ROWS)
-    assert (model.training, model[0].training, model[1].training) == (True, True, False)
-    assert torch.equal(state, torch.get_rng_state())
-    assert not model[0]._forward_hooks
-    assert not model[0]._forward_pre_hooks
-    assert torch.backends.mha.get_fastpath_enabled()
-
-
-class Fixed(nn.Module):
-    """A model whose code fixes a size in a way that no run shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = zero(nn.Linear(4, 6), 2), zero(nn.Linear(6, 6), 1), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.a(x))
-        assert h.shape[1] == 6
-        return self.c(F.relu(self.b(h)))
-
-
-def test_what_the_code_fixes_stays_and_the_rest_goes() -> None:
-    model = Fixed()
-    result = shrunk(model, ROWS)
-    assert removed(result) == {("b", "units"): 1}
-    assert result.kept == (("a.weight", 1, "fails the proof: the code of the model fixes its size"),)
-
-
-def test_a_refusal_leaves_the_model_untouched() -> None:
-    model = Fixed()
-    model.b = nn.Linear(6, 6)
-    held = {name: (p, p.clone(), p._version) for name, p in model.named_parameters()}
-    with pytest.raises(GoodfitError, match=r"none can be removed: 1 in a.weight: fails the proof"):
-        gf.shrink(model, ROWS)
-    for name, p in model.named_parameters():
-        same, value, version = held[name]
-        assert p is same
-        assert torch.equal(p, value)
-        assert p._version == version
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.f, self.o = nn.Embedding(9, 6), zero(nn.Linear(6, 6), 1), nn.Linear(6, 9)
-        self.o.weight = self.e.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(torch.relu(self.f(self.e(x))))
-
-
-def shared() -> nn.Module:
-    layer = zero(nn.Linear(4, 4), 1)
-    return nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(4, 2))
-
-
-def sparse() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4))
-    model[0].weight = nn.Parameter(torch.eye(4).to_sparse())
-    return model
-
-
-REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "shared": (shared, ROWS, "is shared: 0.weight = 2.weight"),
-    "tied": (Tied, torch.tensor([[1, 2]]), "is shared: e.weight = o.weight"),
-    "layer norm": (lambda: nn.Sequential(zero(nn.Linear(4, 6), 1), nn.LayerNorm(6), nn.Linear(6, 2)), ROWS, "normalized"),
-    "group norm": (lambda: nn.Sequential(zero(nn.Linear(4, 6), 1), nn.GroupNorm(2, 6), nn.Linear(6, 2)), ROWS, "normalized"),
-    "no rule": (
-        lambda: Net(lambda m, x: m.b(m.a(x).cumprod(1)), a=zero(nn.Linear(4, 4), 1), b=nn.Linear(4, 2)),
-        ROWS,
-        "no rule",
-    ),
-    "example": (lambda: nn.Sequential(nn.Linear(4, 2)), torch.ones(2, 3), "must run on the example"),
-    "leaf": (lambda: nn.Linear(4, 2), ROWS, "single Linear"),
-    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1)), ROWS, "is lazy"),
-    "compiled": (lambda: torch.compile(nn.Sequential(nn.Linear(4, 2)), backend="eager"), ROWS, "compiled"),
-    "compiled within": (lambda: nn.Sequential(torch.compile(nn.Linear(4, 2), backend="eager")), ROWS, "convert afterwards"),
-    "sparse": (sparse, ROWS, "dense"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_with_a_reason(case: str) -> None:
-    build, example, reason = REFUSED[case]
-    model = build()
-    parameters = list(model.parameters())
-    with pytest.raises(GoodfitError, match=reason) as caught:
-        gf.shrink(model, example)
-    assert "\n" not in str(caught.value)
-    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-
-
-def test_parametrized_weights_stay() -> None:
-    normed = weight_norm(nn.Linear(4, 6))
-    normed.parametrizations.weight.original0.detach()[1] = 0
-    model = nn.Sequential(normed, nn.ReLU(), zero(nn.Linear(6, 6), 1), nn.ReLU(), nn.Linear(6, 2))
-    assert removed(shrunk(model, ROWS)) == {("2", "units"): 1}
-
-
-def test_a_shrunk_model_copies_pickles_and_keeps_its_keys() -> None:
-    model = nn.Sequential(zero(nn.Linear(4, 6), 2), nn.ReLU(), nn.Linear(6, 2))
-    model[0].weight.detach()[:, 1] = 0
-    keys = list(model.state_dict())
-    gf.shrink(model, ROWS)
-    assert [k for k in model.state_dict() if k != "0.take.indices"] == keys
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(ROWS), model(ROWS))
 
 
 @settings(max_examples=150, deadline=None)

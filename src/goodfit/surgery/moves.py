@@ -11,14 +11,15 @@ from torch import Tensor
 from goodfit.surgery.atoms import FIXED, compact, varying
 from goodfit.surgery.dependence import Dependence
 from goodfit.surgery.elementwise import combine, same, spread
-from goodfit.surgery.flows import Call, tensors_in
+from goodfit.surgery.flows import INPUT, Call, tensors_in
 
 __all__ = ["embedding", "glu", "joined", "move", "restrided", "spatial", "unknown"]
 
 
 def move(run: Dependence, call: Call) -> None:
     """Views, permutations and repetitions: the same operation on the numbers of the slices tells where they go."""
-    source = run.of(call.inputs[0])
+    chosen = not call.func.is_view and call.outputs[0].numel() != call.inputs[0].numel()
+    source = run.consume(call.inputs[0]) if chosen else run.of(call.inputs[0])  # picks elements, perhaps repeatedly
     if call.inplace or any(run.of(t).fed for t in call.inputs[1:]):
         return unknown(run, call)
     shape = source.tensor.shape
@@ -37,8 +38,9 @@ def move(run: Dependence, call: Call) -> None:
         if len(flat) > 1 and not torch.equal(flat[0], flat[1]) and len({len(p) for p in flat}) == 1:
             run.lay_out(torch.stack(flat), even=True)
     for out, taint, found in zip(call.outputs, taints, layers, strict=True):
+        leaf = "" if chosen and source.leaf != INPUT else source.leaf
         averaging = source.averaging and out.shape[-1:] == shape[-1:]
-        run.put(out, source.fed, compact(taint), layers=found, leaf=source.leaf, averaging=averaging)
+        run.put(out, source.fed, compact(taint), layers=found, leaf=leaf, averaging=averaging)
     return None
 
 

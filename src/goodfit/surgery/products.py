@@ -43,8 +43,10 @@ def convolution(run: Dependence, call: Call) -> None:
     if weight.fed or not x.fed:
         return unknown(run, call)
     groups, transposed, w = int(call.args["groups"]), bool(call.args["transposed"]), weight.tensor
-    reading = [layer.flatten() for layer in x.layers if varying(layer) == {1}]
-    passing = [rest for layer in x.layers if varying(layer) != {1} for rest in run.hold(layer, range(1, ndim), _PARTS)]
+    # what varies within a channel too, as after a pixel shuffle, goes with its channel
+    within = [rest for layer in x.layers if 0 not in varying(layer) for rest in run.hold(layer, range(2, ndim), _PARTS)]
+    reading = [layer.flatten() for layer in within]
+    passing = [rest for layer in x.layers if 0 in varying(layer) for rest in run.hold(layer, range(1, ndim), _PARTS)]
     own = [layer for layer in weight.layers if _plain(run, layer)]
     stored, inner = ([layer.flatten() for layer in own if varying(layer) == {axis}] for axis in (0, 1))
     if groups > 1:

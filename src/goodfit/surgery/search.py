@@ -17,7 +17,7 @@ _Family = tuple[int, ...]
 
 
 class Search:
-    """Cuts as much as the proof accepts: all; else without what a view laid out; else by halves."""
+    """Cuts as much as the proof accepts: all; else all but inputs; else what no view laid out, and by halves."""
 
     def __init__(
         self,
@@ -37,20 +37,22 @@ class Search:
         error = self._attempt([])
         if error is not None:
             return error
+        self.with_inputs = False
+        error = self._attempt([])
+        if error is not None:
+            return error
         laid = torch.zeros(len(self.choice.label), dtype=torch.bool)
         for rectangle in self.choice.run.rectangles.values():
             laid[self.choice.label[rectangle.ids]] = True
         plain = [f for f in families if not laid[self.choice.families[f]].any()]
         accepted = self._grow([], plain)
         accepted = self._grow(accepted, [f for f in families if f not in set(plain)])
-        error = self._attempt(self._others(accepted))
-        if error is None:
-            self.with_inputs = False
+        for self.with_inputs in (True, False):
             error = self._attempt(self._others(accepted))
-        if error is None:
-            self.choice.settle(families, self._reason)
-            self.before.restore()
-        return error or 0.0
+            if error is not None:
+                return error
+        self.choice.settle(families, self._reason)
+        return 0.0
 
     _reason = "fails the proof: the code of the model fixes its size"
 

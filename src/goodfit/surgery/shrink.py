@@ -71,7 +71,7 @@ def shrink(model: nn.Module, example: Any) -> Shrunk:
     after = Snapshot(model)
     try:
         return _told(model, example, search, error, before, after)
-    except Exception:
+    except BaseException:
         before.restore()
         raise
 

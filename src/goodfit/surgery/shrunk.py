@@ -25,7 +25,8 @@ BENIGN = {
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What `gf.shrink` returns. Pairs are (before, after); latency is in milliseconds, the median of alternating runs."""
+    """What `gf.shrink` returns. Pairs are (before, after); latency is in milliseconds, the median of
+    alternating measurements."""
 
     model: nn.Module
     parameters: tuple[int, int]
