@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "goodfit"
 FLOORS = [
     {"errors", "schedules", "defaults"},
     {"hyper", "noise", "where", "axes", "factors", "groups", "blocks", "tensors", "losses", "progress"},
+    {"dataflow"},
     {"surgery"},
     {"phases", "rates"},
     {"regularizers"},

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from goodfit.dataflow.flows import Rectangle
 from goodfit.errors import GoodfitError
 from goodfit.surgery.choice import Choice
-from goodfit.surgery.flows import Rectangle
 
 __all__ = ["NarrowAttention", "heads_lost", "lower_numbers", "narrow"]
 

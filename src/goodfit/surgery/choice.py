@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from goodfit.surgery.atoms import FIXED, Axis
-from goodfit.surgery.dependence import Dependence
-from goodfit.surgery.flows import Reader
+from goodfit.dataflow.atoms import FIXED, Axis
+from goodfit.dataflow.dependence import Dependence
+from goodfit.dataflow.flows import Reader
 
 __all__ = ["Choice"]
 

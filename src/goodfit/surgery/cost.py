@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from goodfit.surgery.dependence import plain_operations
+from goodfit.dataflow.dependence import plain_operations
 from goodfit.surgery.proof import quiet
 from goodfit.surgery.trace import call_model
 

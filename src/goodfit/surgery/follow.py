@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from goodfit.dataflow.dependence import Dependence, plain_operations
+from goodfit.dataflow.flows import tensors_in
+from goodfit.dataflow.rules import rule
 from goodfit.surgery.choice import Choice
-from goodfit.surgery.dependence import Dependence, plain_operations
-from goodfit.surgery.flows import tensors_in
 from goodfit.surgery.proof import quiet
-from goodfit.surgery.rules import rule
 from goodfit.surgery.slicing import bias_of, owner
 from goodfit.surgery.trace import call_model
 

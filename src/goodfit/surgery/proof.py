@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.surgery.flows import tensors_in
+from goodfit.dataflow.flows import tensors_in
 from goodfit.surgery.trace import call_model, evaluating
 
 __all__ = ["BOUNDS", "answers", "largest_error", "quiet", "shuffled"]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from goodfit.surgery.atoms import FIXED, Axis
+from goodfit.dataflow.atoms import FIXED, Axis
+from goodfit.dataflow.flows import Reader
 from goodfit.surgery.attention import lower_numbers, narrow
 from goodfit.surgery.choice import Choice
-from goodfit.surgery.flows import Reader
 
 __all__ = ["Snapshot", "bias_of", "cut", "owner"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from goodfit.surgery.atoms import compact
-from goodfit.surgery.dependence import Dependence
-from goodfit.surgery.elementwise import combine
-from goodfit.surgery.flows import Call
+from goodfit.dataflow.atoms import compact
+from goodfit.dataflow.dependence import Dependence
+from goodfit.dataflow.elementwise import combine
+from goodfit.dataflow.flows import Call
 
 __all__ = ["batch_norm", "group_norm", "layer_norm", "reduction"]
 

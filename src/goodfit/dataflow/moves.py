@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goodfit.surgery.atoms import FIXED, compact, varying
-from goodfit.surgery.dependence import Dependence
-from goodfit.surgery.elementwise import combine, same, spread
-from goodfit.surgery.flows import INPUT, Call, tensors_in
+from goodfit.dataflow.atoms import FIXED, compact, varying
+from goodfit.dataflow.dependence import Dependence
+from goodfit.dataflow.elementwise import combine, same, spread
+from goodfit.dataflow.flows import INPUT, Call, tensors_in
 
 __all__ = ["embedding", "glu", "joined", "move", "restrided", "spatial", "unknown"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from goodfit.surgery.atoms import FIXED, compact, varying
-from goodfit.surgery.dependence import Dependence
-from goodfit.surgery.elementwise import combine, spread
-from goodfit.surgery.flows import INPUT, Call, Flow, Reader
-from goodfit.surgery.moves import unknown
+from goodfit.dataflow.atoms import FIXED, compact, varying
+from goodfit.dataflow.dependence import Dependence
+from goodfit.dataflow.elementwise import combine, spread
+from goodfit.dataflow.flows import INPUT, Call, Flow, Reader
+from goodfit.dataflow.moves import unknown
 
 __all__ = ["batched", "convolution", "matrix"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from goodfit.surgery.atoms import compact, varying
-from goodfit.surgery.dependence import Dependence
-from goodfit.surgery.flows import Call, Flow
+from goodfit.dataflow.atoms import compact, varying
+from goodfit.dataflow.dependence import Dependence
+from goodfit.dataflow.flows import Call, Flow
 
 __all__ = ["combine", "copied", "like", "new", "pointwise", "random", "same", "spread"]
 

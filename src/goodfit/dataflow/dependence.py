@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goodfit.surgery.atoms import Slices, compact, varying
-from goodfit.surgery.flows import INPUT, Call, Flow, Reader, Rectangle, tensors_in
+from goodfit.dataflow.atoms import Slices, compact, varying
+from goodfit.dataflow.flows import INPUT, Call, Flow, Reader, Rectangle, tensors_in
 
 __all__ = ["Dependence", "plain_operations"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from goodfit.surgery import elementwise, moves, products, reductions
-from goodfit.surgery.dependence import Dependence
-from goodfit.surgery.flows import Call
+from goodfit.dataflow import elementwise, moves, products, reductions
+from goodfit.dataflow.dependence import Dependence
+from goodfit.dataflow.flows import Call
 
 __all__ = ["rule"]
 

@@ -1,0 +1,1 @@
+"""What depends on what inside a model: one run on an example, followed operation by operation."""
