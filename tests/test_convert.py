@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge, SGDClassifier, SGDRegressor
+from sklearn.linear_model import (
+    ElasticNet,
+    Lasso,
+    LogisticRegression,
+    LogisticRegressionCV,
+    MultiTaskElasticNet,
+    Ridge,
+    SGDClassifier,
+    SGDRegressor,
+)
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from torch import nn, optim
 from torch.nn import functional as F
@@ -50,6 +59,42 @@ def test_linear_regressions(make: Any, seed: int) -> None:
     np.testing.assert_allclose(bias, theirs.intercept_, rtol=0, atol=1e-6)
     back = gf.convert.to_sklearn(gf.convert.from_sklearn(theirs, rows=60), type(theirs)(), rows=60)
     assert back.alpha == pytest.approx(theirs.alpha, rel=1e-14)
+
+
+@pytest.mark.parametrize("make", [lambda: Ridge(alpha=3.0), lambda: Lasso(alpha=0.1), lambda: ElasticNet(alpha=0.2)])
+def test_regressions_on_several_numbers(make: Any) -> None:
+    x, y = data(7)
+    both = np.stack([y, x[:, 0] - 2 * x[:, 1]], axis=1)
+    theirs = make().set_params(tol=1e-10).fit(x, both)
+    weight, _ = solve(gf.convert.from_sklearn(theirs, rows=60, outputs=2), x, both, F.mse_loss, outputs=2)
+    np.testing.assert_allclose(weight, theirs.coef_, rtol=0, atol=1e-6)
+
+
+def test_a_lasso_for_a_logistic_regression_comes_with_a_solver_that_has_one() -> None:
+    x, y = data(8)
+    made = gf.convert.to_sklearn(gf.L1(0.05), LogisticRegression(max_iter=10_000), rows=60)
+    assert (made.fit(x, y > 0).coef_ == 0).any()
+    assert gf.convert.from_sklearn(LogisticRegression(penalty=None), rows=60) == gf.Cocktail()
+
+
+def test_a_max_norm_of_keras_on_a_convolution() -> None:
+    import keras
+
+    w = np.random.default_rng(1).normal(size=(3, 3, 2, 4)).astype("float32")
+    theirs = gf.convert.to_keras(gf.MaxNorm(0.7), rank=4)["kernel_constraint"]
+    ours = gf.MaxNorm(0.7).step({"w": torch.tensor(w.transpose(3, 2, 0, 1))}, {}, {}, {})[0]["w"]
+    np.testing.assert_allclose(ours.numpy(), np.asarray(theirs(w).detach()).transpose(3, 2, 0, 1), rtol=1e-5)
+    assert gf.convert.from_keras(theirs) == gf.Cocktail(gf.MaxNorm(0.7))
+    with pytest.raises(gf.GoodfitError, match="axis=1"):
+        gf.convert.from_keras(keras.constraints.MaxNorm(0.7, axis=1))
+
+
+@pytest.mark.parametrize("kind", [optim.Adafactor, optim.Muon, optim.AdamW])
+def test_decoupled_optimizers_are_read_as_decay(kind: Any) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    assert gf.convert.from_torch(kind(model.parameters(), weight_decay=0.1), model) == gf.Cocktail(
+        gf.WeightDecay(0.1, where=gf.where.everything)
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -182,6 +227,12 @@ def test_a_group_of_some_layers_reads_as_their_names() -> None:
     [
         (lambda: gf.convert.from_sklearn(Ridge()), "rows="),
         (lambda: gf.convert.from_sklearn("Ridge"), "Lasso"),
+        (lambda: gf.convert.from_sklearn(MultiTaskElasticNet()), "MultiTaskElasticNet"),
+        (lambda: gf.convert.from_sklearn(LogisticRegressionCV(), rows=9), "LogisticRegressionCV"),
+        (lambda: gf.convert.from_sklearn(MLPRegressor(loss="poisson"), rows=9), "squared_error"),
+        (lambda: gf.convert.from_sklearn(Ridge(alpha=[1.0, 2.0]), rows=9), "one alpha"),
+        (lambda: gf.convert.to_keras(gf.L2(0.1, where=gf.where.biases)), "whole kernels"),
+        (lambda: gf.convert.to_keras(gf.MaxNorm(2.0, groups=gf.groups.inputs)), "whole kernels"),
         (lambda: gf.convert.from_sklearn(SGDClassifier()), "log_loss"),
         (lambda: gf.convert.to_sklearn(gf.L2(0.1), Lasso()), "L1 alone"),
         (lambda: gf.convert.to_sklearn(gf.Dropout(0.1), Lasso()), "L1, L2 and ElasticNet"),

@@ -77,3 +77,17 @@ def test_the_model_stays_as_it_is() -> None:
     gf.explain("Dropout(0.5), BatchNorm(), EarlyStopping(3)", model)
     assert str(model) == before
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_weights_without_a_group_are_not_said_to_have_one() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 8), "attention": nn.MultiheadAttention(8, 2)})
+    told = gf.explain(gf.GroupLasso(0.1, groups=gf.groups.heads()), model)
+    assert {line.name for line in told.lines if line.penalties} == {"attention.in_proj_weight", "attention.out_proj.weight"}
+    with pytest.raises(gf.GoodfitError, match="in this order"):
+        gf.explain("L1(0.1)", "model")
+
+
+def test_frozen_weights_are_not_in_the_penalty_of_a_run() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    assert gf.Run(gf.L1(1.0), model).penalty() == pytest.approx(float(model[1].weight.detach().abs().sum()), rel=1e-14)

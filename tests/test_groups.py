@@ -150,6 +150,9 @@ def test_texts_of_groups_and_factors_read_back() -> None:
         (lambda: gf.groups.heads(2), "selectors"),
         (lambda: gf.factors.given({"w": [-1.0]}), ">= 0"),
         (lambda: gf.factors.given({"w": "x"}), ">= 0"),
+        (lambda: gf.factors.given(3), "by name"),
+        (lambda: gf.groups.custom([1, 2]), "by name"),
+        (lambda: gf.groups.custom({"w": [0, 10**11]}), "whole numbers from 0"),
         (lambda: gf.factors.adaptive(0), "gamma"),
         (lambda: gf.GroupLasso(0.1, groups="units"), "gf.groups"),
         (lambda: gf.L1(0.1, factors=2.0), "gf.factors"),
@@ -285,6 +288,59 @@ def test_decay_that_is_independent_of_the_lr() -> None:
         model.weight.grad = torch.zeros(1, 1)
         optimizer.step()
     assert model.weight.item() == pytest.approx(0.9 * 0.95, rel=1e-15)
+
+
+def attended() -> nn.Module:
+    class Attended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Linear(4, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)[:, None]
+            return self.attention(h, h, h)[0]
+
+    return Attended()
+
+
+@pytest.mark.parametrize("kind", [gf.GroupLasso, gf.MaxNorm])
+def test_groups_that_are_frozen_are_left_alone(kind: type[gf.phases.Step]) -> None:
+    model = attended()
+    model.attention.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in model.attention.named_parameters()}
+    optimizer = optim.Adam([p for p in model.parameters() if p.requires_grad])
+    gf.Run(kind(groups=gf.groups.heads()), model).attach(optimizer)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in model.attention.named_parameters())
+
+
+def test_a_group_in_two_optimizers_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
+    both = gf.groups.custom({"0.weight": [0], "1.weight": [0]})
+    parts = [optim.SGD(layer.parameters(), lr=0.1) for layer in model]
+    with pytest.raises(gf.GoodfitError, match="several optimizers"):
+        gf.Run(gf.MaxNorm(1.0, groups=both), model).attach(*parts)
+    gf.Run(gf.MaxNorm(1.0), model).attach(*parts)
+
+
+@pytest.mark.parametrize("around", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("one", [gf.L1(0.1), gf.ElasticNet(0.1), gf.GroupLasso(0.1)], ids=str)
+def test_zeros_are_refused_where_a_parametrization_divides_by_a_length(one: gf.phases.Step, around: object) -> None:
+    model = nn.Sequential(around(nn.Linear(3, 4)), nn.Linear(4, 1))
+    with pytest.raises(gf.GoodfitError, match=r"0.parametrizations.weight.orig.* 0/0"):
+        gf.Run(one, model)
+    gf.Run(type(one)(0.1, where=gf.where.kernels & ~gf.where.named("*parametrizations*")), model)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_the_elastic_net_holds_a_weight_of_factor_inf_too(ratio: float) -> None:
+    one = gf.ElasticNet(2.0, ratio=ratio, factors=gf.factors.given({"weight": [float("inf"), 1.0]}))
+    state = one.init({"weight": torch.ones(1, 2)}, {})
+    unit, rate = torch.tensor(1.0), torch.full((1, 2), 1e5)
+    w = one.step({"weight": torch.ones(1, 2)}, {"weight": unit}, {"weight": rate}, state)[0]["weight"]
+    assert w.isfinite().all()
+    assert w[0, 0].abs() < 1e-300
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -300,3 +300,35 @@ def test_the_command_refuses_in_one_line(goodfit: Outcome) -> None:
         code, _, err = goodfit("path", name, "--target", "y", "--model", "linear", *words)
         assert (code, line in err) == (2, True), err
     assert not Path("a-path").exists()
+
+
+class Skip(nn.Module):
+    """Reads its input by two ways."""
+
+    def __init__(self, sliced: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.sliced = nn.Linear(2 if sliced else 4, 3), nn.Linear(2 if sliced else 7, 1), sliced
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sliced:
+            return self.first(x[:, :2]).sum(1, keepdim=True) + self.second(x[:, 2:])
+        return self.second(torch.cat([torch.relu(self.first(x)), x], 1))
+
+
+@pytest.mark.parametrize("sliced", [True, False])
+def test_features_are_told_only_where_one_layer_reads_the_whole_input(sliced: bool) -> None:
+    x = torch.randn(40, 4)
+    over = gf.GroupLasso(groups=gf.groups.inputs, where=gf.where.named("first.weight"))
+    found = gf.path(lambda: Skip(sliced), (x, x.sum(1, keepdim=True)), (x, x.sum(1, keepdim=True)), over, lams=[1e-3], epochs=1)
+    with pytest.raises(gf.GoodfitError, match="no feature can be told"):
+        found.selected()
+
+
+def test_of_bounds_the_smallest_is_the_strongest() -> None:
+    x = torch.randn(40, 3)
+    data = (x, x @ torch.ones(3, 1) + torch.randn(40, 1))
+    found = gf.path(
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)), data, data, gf.MaxNorm, count=4, epochs=3
+    )
+    within = [p.lam for p in found.points if p.score <= found.best.score + found.best.stderr]
+    assert found.one_se.lam == min(within)

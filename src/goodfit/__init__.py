@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from goodfit.regularizers.constraints import MaxNorm as MaxNorm
     from goodfit.regularizers.dropout import Dropout as Dropout
     from goodfit.regularizers.early_stopping import EarlyStopping as EarlyStopping
+    from goodfit.regularizers.group_lasso import GroupLasso as GroupLasso
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
-    from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet, GroupLasso as GroupLasso
+    from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet
     from goodfit.run import Run as Run
     from goodfit.surgery.shrink import shrink as shrink
 

@@ -139,7 +139,16 @@ class Beside:
                 "run = Run(cocktail, model, example=x); optimizer = AdamW(model.parameters()); or freeze the parameter; "
                 "several optimizers go in together: run.attach(a, b)."
             )
+        self._refuse_split_groups()
         self.covered = True
+
+    def _refuse_split_groups(self) -> None:
+        """A group is judged as a whole, so one optimizer must hold all of it."""
+        for key, one in self.plan.active.items():
+            layout = getattr(one, "groups", None)
+            held = [[n for n in self._names(o) if n in self.plan.chosen[key]] for o in self.optimizers]
+            if layout is not None and layout.split(held):
+                raise GoodfitError(f"{one} has a group that several optimizers hold parts of; give its weights to one of them.")
 
     def _names(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

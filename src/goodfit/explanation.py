@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import StringIO
+from shutil import get_terminal_size
 from typing import Any
 
 import torch
 from torch import nn
 
 from goodfit.cocktail import Cocktail, as_cocktail
+from goodfit.errors import GoodfitError
 from goodfit.hyper import hypers
 from goodfit.phases import Build, Gradient, Penalty, Regularizer, Step
 from goodfit.plan import Plan
@@ -54,7 +56,7 @@ class Explanation:
         for line in self.lines:
             table.add_row(line.name, "×".join(map(str, line.shape)) or "1", line.role, line.by, line.note)
         text = StringIO()
-        console = Console(file=text, width=160, markup=False, highlight=False)
+        console = Console(file=text, width=max(80, get_terminal_size((160, 24)).columns), markup=False, highlight=False)
         console.print(table)
         for line_besides in self.besides:
             console.print(line_besides)
@@ -73,6 +75,8 @@ def explain(cocktail: Cocktail | Regularizer | str, model: nn.Module) -> Explana
     Dropout(0.1) acts on the model's structure
     """
     mix = as_cocktail(cocktail)
+    if not isinstance(model, nn.Module):
+        raise GoodfitError(f"explain takes a cocktail and a torch.nn.Module, in this order, got a {type(model).__name__}.")
     besides = tuple(f"{one} {_besides(one)}" for one in mix if one.off or not isinstance(one, Penalty | Step | Gradient))
     plan = Plan(Cocktail(*(one for one in mix if isinstance(one, Penalty | Step | Gradient))), model, seed=0)
     plan.prepare(None)
@@ -86,12 +90,17 @@ def _lines(plan: Plan, model: nn.Module) -> list[Line]:
     lines = []
     for name, role in roles(model).items():
         p, (module, _) = parameters[name], known[name]
-        acting = [(key, one) for key, one in plan.of(Regularizer) if name in plan.chosen[key] and p.requires_grad]
+        acting = [(key, one) for key, one in plan.of(Regularizer) if p.requires_grad and _acts(one, name, plan.chosen[key])]
         penalties = tuple((_short(one), _now(one, name, p, plan.states[key])) for key, one in acting)
         shape = f"by its shape: {type(module).__name__} is not known" if by_shape(module) else ""
         note = ", ".join(filter(None, ("" if p.requires_grad else "frozen", shape)))
         lines.append(Line(name, tuple(p.shape), role, penalties, note))
     return lines
+
+
+def _acts(one: Any, name: str, chosen: list[str]) -> bool:
+    """Whether a regularizer has selected a weight and, where it goes by groups, has a group for it."""
+    return name in chosen and name in getattr(getattr(one, "groups", None), "ids", chosen)
 
 
 def _short(one: Regularizer) -> str:

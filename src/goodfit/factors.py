@@ -81,8 +81,10 @@ def given(numbers: Mapping[str, Any]) -> Factors:
     >>> given({"w": [0.0, 2.0]}).of({"w": torch.ones(3, 2)})["w"][0]
     tensor([0., 2.])
     """
+    if not isinstance(numbers, Mapping):
+        raise GoodfitError(f"given takes factors by name of the weight, as in given({{'0.weight': 2.0}}), got {numbers!r:.60}.")
     kept = []
-    for name, values in dict(numbers).items():
+    for name, values in numbers.items():
         try:
             tensor = torch.as_tensor(values, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):

@@ -22,6 +22,7 @@ from goodfit.where import Where, owners
 
 __all__ = ["Groups", "Layout", "custom", "heads", "inputs", "units"]
 
+MOST = 10_000_000
 Ids = dict[str, tuple[Any, Tensor]]  # of a parameter: who shares the numbering, and an id that broadcasts to its shape
 
 
@@ -46,11 +47,17 @@ class Layout:
 
     def sizes(self, names: Iterable[str], like: Tensor) -> Tensor:
         """How many numbers of these weights each group has."""
-        return torch.stack([self._sizes[n] for n in names if n in self.ids]).sum(0).to(like)
+        return sum((self._sizes[n] for n in names if n in self.ids), torch.zeros(self.count, dtype=torch.float64)).to(like)
 
     def sums(self, values: Mapping[str, Tensor]) -> Tensor:
         """The sum of the values within each group."""
-        return torch.stack([self._sum(v, n) for n, v in values.items() if n in self.ids]).sum(0)
+        like = next(iter(values.values()))
+        return sum((self._sum(v, n) for n, v in values.items() if n in self.ids), like.new_zeros(self.count))
+
+    def split(self, parts: Iterable[Iterable[str]]) -> bool:
+        """Whether some group has weights in several of the parts."""
+        found = [{group for n in names if n in self.ids for group in self.ids[n].flatten().tolist()} for names in parts]
+        return len(set().union(*found)) < sum(map(len, found))
 
     def spread(self, numbers: Tensor, name: str) -> Tensor:
         """The number of its group for each number of a weight, in a shape that broadcasts to the weight's."""
@@ -109,7 +116,7 @@ class _Heads(Groups):
             found = head_ids(weight, owner, local)
             return None if found is None else (id(owner), found)
         for axis, where in enumerate((self.rows, self.columns)):
-            if where is not None and where.holds(name, "kernel"):
+            if where is not None and where.holds(name, "kernel") and weight.ndim > axis:
                 length = weight.shape[axis]
                 if length % self.count:
                     raise GoodfitError(f"heads({self.count}) must divide axis {axis} of {name}, got {length}.")
@@ -165,13 +172,16 @@ def custom(ids: Mapping[str, Any]) -> Groups:
     >>> custom({"0.weight": [0, 0, 1]}).layout({"0.weight": torch.ones(5, 3)}).sums({"0.weight": torch.ones(5, 3)})
     tensor([10.,  5.])
     """
+    if not isinstance(ids, Mapping):
+        raise GoodfitError(f"custom takes ids by name of the weight, as in custom({{'0.weight': [0, 0, 1]}}), got {ids!r:.60}.")
     kept = []
-    for name, numbers in dict(ids).items():
+    for name, numbers in ids.items():
         try:
             tensor = torch.as_tensor(numbers)
         except (TypeError, ValueError, RuntimeError):
             tensor = torch.empty(0)
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() == 0 or int(tensor.min()) < 0:
-            raise GoodfitError(f"custom({name!r}) must hold whole numbers >= 0, got {numbers!r:.60}.")
+        whole = tensor.numel() > 0 and not tensor.is_floating_point() and not tensor.is_complex()
+        if not whole or int(tensor.min()) < 0 or int(tensor.max()) >= MOST:
+            raise GoodfitError(f"custom({name!r}) must hold whole numbers from 0 to {MOST - 1:,}, got {numbers!r:.60}.")
         kept.append((str(name), frozen(tensor.to(torch.int64).tolist())))
     return _Custom(tuple(kept))

@@ -179,10 +179,10 @@ class Run:
     @torch.no_grad()
     def penalty(self) -> float:
         """The sum of all penalties at the weights of now: what the objective has beside the loss."""
-        weights = dict(self.model.named_parameters())
+        weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         acting = [(key, one) for kind in (Penalty, Step) for key, one in self._plan.of(kind)]
-        chosen = {key: {n: weights[n] for n in self._plan.chosen[key]} for key, _ in acting}
-        return float(sum(float(one.penalty(chosen[key], self._plan.states[key])) for key, one in acting))
+        chosen = {key: {n: weights[n] for n in self._plan.chosen[key] if n in weights} for key, _ in acting}
+        return float(sum(float(one.penalty(chosen[key], self._plan.states[key])) for key, one in acting if chosen[key]))
 
     def before_step(self, optimizer: Optimizer, redo: Callable[[], Any] | None) -> None:
         """`gradient` for the hooks; `redo` is the loop's closure, where it has one."""

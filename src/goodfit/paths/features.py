@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from goodfit.dataflow.flows import tensors_in
 from goodfit.surgery.trace import call_model, evaluating
 
 __all__ = ["features_of", "readers"]
@@ -26,7 +28,7 @@ def readers(model: nn.Module, x: Any) -> list[str]:
 
         def seen(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             first = inputs[0] if inputs else None
-            if isinstance(first, Tensor) and first.numel() and first.data_ptr() == x.data_ptr():
+            if isinstance(first, Tensor) and first.shape == x.shape and first.data_ptr() == x.data_ptr():
                 found[f"{name}.weight".lstrip(".")] = counts
 
         return seen
@@ -42,7 +44,15 @@ def readers(model: nn.Module, x: Any) -> list[str]:
     finally:
         for one in hooks:
             one.remove()
-    return list(found) if all(found.values()) else []
+    return list(found) if all(found.values()) and not _passes_by(model, list(found), x) else []
+
+
+def _passes_by(model: nn.Module, names: list[str], x: Tensor) -> bool:
+    """Whether the input reaches the output by another way than these weights: it still counts where they are zero."""
+    blind = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+    with evaluating(model):
+        first, second = (list(tensors_in(functional_call(model, blind, (given,)))) for given in (x, 1.5 * x + 1))
+    return any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def features_of(weights: dict[str, Tensor], names: list[str]) -> tuple[int, ...] | None:

@@ -59,7 +59,7 @@ class Problem:
     @property
     def selects(self) -> bool:
         """Whether the regularizer makes exact zeros: it acts by a proximal step."""
-        return isinstance(self.over, Step) and self.over.moment == "proximal"
+        return isinstance(self.over, Step) and self.over.moment == "proximal" and getattr(self.over, "ratio", 1.0) > 0
 
     def at(self, lam: float) -> Regularizer:
         """The regularizer at one strength."""
@@ -82,7 +82,8 @@ class Problem:
     def penalised(self, model: nn.Module) -> list[str]:
         """Names of the trainable weights that the regularizer acts on."""
         chosen = getattr(self.over, "where", kernels).select(model)
-        return [name for name in chosen if model.get_parameter(name).requires_grad]
+        placed = getattr(getattr(self.over.on(model), "groups", None), "ids", chosen)  # by groups, only what has one
+        return [name for name in chosen if model.get_parameter(name).requires_grad and name in placed]
 
     def check(self) -> None:
         """Refuse, before anything is trained, a model or regularizer that no path can be made of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from goodfit.errors import GoodfitError
+from goodfit.hyper import hypers
 from goodfit.paths.scores import best_of, one_se_of
 from goodfit.report.charts import number, percent
 
-__all__ = ["Path", "Point", "table_of"]
+__all__ = ["Path", "Point", "over_text", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,12 @@ class Path:
 
     @property
     def one_se(self) -> Point:
-        """The largest λ whose score is within one standard error of the best: the simplest model that is as good."""
-        return self.points[one_se_of(self.scores, self.stderrs)]
+        """The strongest λ whose score is within one standard error of the best: the simplest model that is as good.
+
+        The strongest is the largest, or the smallest for a bound such as MaxNorm's, which is off at inf.
+        """
+        turn = -1 if dict(hypers(self.over))[self.over.switch()].off == math.inf else 1
+        return self.points[::turn][one_se_of(self.scores[::turn], self.stderrs[::turn])]
 
     def model(self, point: Point | None = None) -> nn.Module:
         """A fresh model with the weights of a point (`one_se` if none is given), in eval mode."""
@@ -120,7 +126,13 @@ class Path:
         return plot(self, ax)
 
     def __str__(self) -> str:
-        return "\n".join([f"path over {self.over}", *table_of(self.rows())])
+        return "\n".join([f"path over {over_text(self.over)}", *table_of(self.rows())])
+
+
+def over_text(over: Any) -> str:
+    """The regularizer with λ in the place of its number, which goes through many."""
+    switch = over.switch()
+    return str(over) if switch is None else str(over).replace(f"({getattr(over, switch)!r}", "(λ", 1)
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from goodfit.cocktail import parse
 from goodfit.errors import GoodfitError
 from goodfit.paths.path import path
-from goodfit.paths.result import Path, Point, table_of
+from goodfit.paths.result import Path, Point, over_text, table_of
 from goodfit.phases import Regularizer
 from goodfit.report.path_page import render_path
 from goodfit.tabular.encode import Encoder
@@ -65,7 +65,8 @@ def path_of_table(file: File, target: str, out: File, settings: Settings, tell: 
     inputs, outputs = x.shape[1], data.answers.outputs
     if settings.cv is not None:
         x, y = (np.concatenate(both) for both in zip((x, y), valid, strict=True))
-    tell(f"path over {chosen}, {settings.model}, {f'{settings.cv} folds' if settings.cv else 'scored on the valid part'}")
+    scored = f"{settings.cv} folds" if settings.cv else "scored by the loss on the valid part"
+    tell(f"path over {over_text(chosen)}, {settings.model}, {scored}")
     with pinned(settings.threads):
         found = path(
             lambda: _model(settings, inputs, outputs),
@@ -120,7 +121,7 @@ def _told(file: File, found: Path, data: Data, over: Regularizer, settings: Sett
         "command": settings.command,
         "target": data.answers.target.name,
         "model": settings.model,
-        "over": str(over),
+        "over": over_text(over),
         "seed": settings.seed,
         "folds": settings.cv,
         "stopped": found.stopped,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from goodfit.groups import Groups, units
 from goodfit.hyper import hyper
 from goodfit.phases import State, Step, Weights
-from goodfit.regularizers.sparsity import check_groups, laid_out, layout_of
+from goodfit.regularizers.group_lasso import check_groups, laid_out, layout_of
 from goodfit.where import Where, kernels
 
 __all__ = ["MaxNorm"]
@@ -50,6 +50,8 @@ class MaxNorm(Step):
 
     def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
         layout = layout_of(self, weights)
+        if not any(n in layout.ids for n in weights):
+            return dict(weights), state
         lengths = layout.sums({n: w.square() for n, w in weights.items()}).sqrt()
         scale = (self.norm / lengths).clamp(max=1)
         return {n: w * layout.spread(scale, n) if n in layout.ids else w for n, w in weights.items()}, state

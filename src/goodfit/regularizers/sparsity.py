@@ -1,4 +1,4 @@
-"""Exact zeros: the lasso, the elastic net and the group lasso as proximal steps at the optimizer's own rate."""
+"""Exact zeros: the lasso and the elastic net as proximal steps at the optimizer's own rate."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from goodfit.errors import GoodfitError
 from goodfit.factors import Factors
-from goodfit.groups import Groups, Layout, units
-from goodfit.hyper import hyper, lifted
+from goodfit.hyper import hyper
 from goodfit.phases import State, Step, Weights
 from goodfit.where import Where, kernels
 
-__all__ = ["L1", "ElasticNet", "GroupLasso"]
+__all__ = ["L1", "ElasticNet", "refuse_normalized", "toward"]
 
 CAP = 10.0
 
@@ -51,6 +52,10 @@ class L1(Step):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_factors(self)
+
+    def on(self, model: nn.Module) -> Any:
+        refuse_normalized(self, model)
+        return self
 
     def init(self, weights: Weights, buffers: Weights) -> State:
         return _factors(self.factors, weights)
@@ -96,6 +101,10 @@ class ElasticNet(Step):
         super().__post_init__()
         _check_factors(self)
 
+    def on(self, model: nn.Module) -> Any:
+        refuse_normalized(self, model)
+        return self
+
     def init(self, weights: Weights, buffers: Weights) -> State:
         return _factors(self.factors, weights)
 
@@ -108,96 +117,26 @@ class ElasticNet(Step):
     def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
         shrunk = {}
         for name, w in weights.items():
-            theta = (self.lam * _factor(state, name) * rate[name]).to(w.dtype)
+            theta = (self.lam * _factor(state, name) * rate[name]).to(w.dtype).clamp(max=torch.finfo(w.dtype).max)  # 0 · inf
             lasso = self.ratio * theta
             goal = (w - _within(w, lasso)) / (1 + (1 - self.ratio) * theta)
-            shrunk[name] = _toward(goal, w, lr[name])
+            shrunk[name] = toward(goal, w, lr[name])
         return shrunk, state
 
 
-@dataclass(frozen=True)
-class GroupLasso(Step):
-    """Lasso over groups: whole units, filters, input features or attention heads become exactly zero, and can be removed.
-
-    Formula: J(w) = loss + lam · Σ_g √|g| · ‖w_g‖. After the optimizer's step, with θ = lam · √|g| · rate per weight, a group
-        with Σ (w/θ)² <= 1 becomes zero; in any other w ← w · s/(s + θ), where s > 0 solves Σ w²/(s + θ)² = 1. No weight moves
-        by more than 10 · reach (see L1).
-    Phase: Step, proximal; weights of any shape → the same shapes.
-    Numbers: lam, per unit of loss and weight, >= 0, off at 0. groups: units, inputs, heads() or custom({...}) of gf.groups;
-        weights that have no such group stay as they are.
-    Errors: lam < 0; groups that fit no selected weight; an optimizer whose rate is not known, by name.
-    Source: Yuan and Lin 2006, Model selection and estimation in regression with grouped variables. Where the rates in a
-        group differ, as under Adam, the usual scaling by 1 − θ/‖w‖ has another optimum; we solve the proximal problem.
-
-    >>> w, unit = torch.tensor([[3.0, 4.0], [0.1, 0.2]]), torch.tensor(1.0)
-    >>> GroupLasso(2.5 / 2**0.5).step({"w": w}, lr={"w": unit}, rate={"w": unit}, state={})[0]["w"]
-    tensor([[1.5000, 2.0000],
-            [0.0000, 0.0000]])
-    """
-
-    moment: ClassVar[Literal["before", "proximal", "after"]] = "proximal"
-
-    lam: float = hyper(1e-4, valid="[0, inf)", off=0.0, low=1e-6, high=1e-1, log=True)
-    groups: Groups = units
-    where: Where = kernels
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_groups(self)
-
-    def on(self, model: nn.Module) -> Any:
-        return laid_out(self, model)
-
-    def penalty(self, weights: Weights, state: State) -> Tensor:
-        layout = layout_of(self, weights)
-        lengths = layout.sums({n: w.square() for n, w in weights.items()}).sqrt()
-        return self.lam * (lengths * layout.sizes(weights, lengths).sqrt()).sum()
-
-    def step(self, weights: Weights, lr: Weights, rate: Weights, state: State) -> tuple[dict[str, Tensor], State]:
-        layout = layout_of(self, weights)
-        fine = {n: w if w.dtype == torch.float64 else w.float() for n, w in weights.items() if n in layout.ids}
-        scale = self.lam * layout.sizes(fine, next(iter(fine.values()))).sqrt()
-        theta = {n: (layout.spread(scale, n) * rate[n]).to(w.dtype) for n, w in fine.items()}
-        lost = layout.sums({n: torch.where(w == 0, 0, (w / theta[n]).square()) for n, w in fine.items()}) <= 1
-        s = torch.where(lost, 1.0, _secular(layout, fine, theta))
-        shares = {n: layout.spread(s, n) / (layout.spread(s, n) + theta[n]) for n in fine}
-        goals = {n: torch.where(layout.spread(lost, n), 0, w * shares[n]) for n, w in fine.items()}
-        return {**weights, **{n: _toward(g, fine[n], lr[n]).to(weights[n].dtype) for n, g in goals.items()}}, state
+def refuse_normalized(one: Any, model: nn.Module) -> None:
+    """Refuse to zero what a parametrization divides by its length: the weight would be 0/0."""
+    modules = dict(model.named_modules())
+    for name in one.where.select(model):
+        around = modules.get(name.rpartition(".")[0])
+        if isinstance(around, ParametrizationList) and any(isinstance(m, _WeightNorm | _SpectralNorm) for m in around):
+            raise GoodfitError(
+                f"{type(one).__name__} makes zeros, but {name} is divided by its length, which would be 0/0; leave it out by "
+                "where=kernels & ~named('*parametrizations*'), or remove the parametrization."
+            )
 
 
-def _secular(layout: Layout, z: Weights, theta: Weights, rounds: int = 6) -> Tensor:
-    """The s of each group with Σ z²/(s + θ)² = 1, by Newton's method on (Σ z²/(s + θ)²)^(−1/2), which is concave in s.
-
-    It is a line where θ is the same throughout a group: then the first round is exact.
-    """
-    s = layout.sums({n: w.square() for n, w in z.items()}).sqrt()
-    for _ in range(rounds):
-        below = {n: layout.spread(s, n) + theta[n] for n in z}
-        squares = {n: torch.where(w == 0, 0, (w / below[n]).square()) for n, w in z.items()}
-        a = layout.sums(squares)
-        b = layout.sums({n: torch.where(q == 0, 0, q / below[n]) for n, q in squares.items()})
-        s = torch.where(b > 0, (s + a * (a.sqrt() - 1) / b).clamp(min=0), s)
-    return s
-
-
-def laid_out(one: Any, model: nn.Module) -> Any:
-    """A regularizer over groups with its groups laid out over a model, by the types of its modules."""
-    parameters = dict(model.named_parameters())
-    chosen = {name: parameters[name].detach() for name in one.where.select(model)}
-    return lifted(one, groups=one.groups.layout(chosen, model)) if chosen else one
-
-
-def layout_of(one: Any, weights: Weights) -> Layout:
-    """The layout that `laid_out` made, or one by the shapes of the weights alone."""
-    return one.groups if isinstance(one.groups, Layout) else one.groups.layout(weights)
-
-
-def check_groups(one: Any) -> None:
-    if not isinstance(one.groups, Groups):
-        raise GoodfitError(f"{type(one).__name__}.groups must be one of gf.groups, such as units, got groups={one.groups!r}.")
-
-
-def _toward(goal: Tensor, w: Tensor, reach: Tensor) -> Tensor:
+def toward(goal: Tensor, w: Tensor, reach: Tensor) -> Tensor:
     """From w to the goal, by ten steps of the optimizer at most.
 
     Where training rests, the proximal step takes back what the optimizer did, which is less; so the cap moves no fixed
