@@ -36,6 +36,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.used: dict[str, int] = {}
         self.modules: list[nn.Module] = []
         self.leaked = False  # a number of the input has become a number of Python
+        self.told: list[int] = []  # the tensors that Python has read
         self.attending: set[nn.Module] = set()
         self.events: list[list[int]] = []
         self.makers: dict[int, list[int]] = {}
@@ -135,9 +136,14 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = bytes(str((tuple(ids.shape), even)), "ascii") + ids.contiguous().numpy().tobytes()
         self.rectangles.setdefault(key, Rectangle(ids, even, self.modules[-1] if self.modules else None))
 
+    def read(self, tensor: Tensor) -> None:
+        """Python reads a tensor: what made it counts as an output, and numbers from now on may come from the input."""
+        self.told.append(id(tensor))
+        self.leaked |= self.of(tensor).fed
+
     def finish(self, outputs: Any) -> None:
         """Pin what the model returns, and ask of what reaches an output what it needs."""
-        waiting = [id(t) for t in tensors_in(outputs)]
+        waiting = [*self.told, *(id(t) for t in tensors_in(outputs))]
         for flow in map(self.of, tensors_in(outputs)):
             for layer in flow.layers:
                 self.slices.pin(layer, "is an output of the model")

@@ -41,14 +41,15 @@ _NAMES: dict[Rule, str] = {
     products.convolution: "convolution",
 }
 _RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+_READS = {"_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "equal", "unique_dim", "_unique2"}
 _SPATIAL = re.compile(r"(pool|upsample|reflection_pad|replication_pad)\w*[123]d|constant_pad_nd")
 
 
 def rule(run: Dependence, call: Call) -> None:
     """Hand on what the operands of one operation depend on to its results."""
     found = _RULES.get(call.name) or _by_kind(call.func, call.name)
-    if call.name == "_local_scalar_dense":
-        run.leaked |= run.of(call.inputs[0]).fed and call.inputs[0].dtype != torch.bool
+    if call.name in _READS:
+        run.read(call.inputs[0])
     if call.outputs and (call.inputs or found is elementwise.random):
         try:
             found(run, call)

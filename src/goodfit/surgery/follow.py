@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 from goodfit.dataflow.dependence import Dependence, plain_operations
 from goodfit.dataflow.flows import tensors_in
@@ -25,10 +26,23 @@ def follow(model: nn.Module, example: Any) -> Dependence:
     """What all tensors of one run in eval mode depend on."""
     leaves = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
     run = Dependence(tensors_in(example), leaves, rule)
-    with quiet(model), plain_operations(), _stack_of_modules(model, run.modules), run:
+    with quiet(model), plain_operations(), _stack_of_modules(model, run.modules), _Reads(run), run:
         outputs = call_model(model, example)
     run.finish(outputs)
     return run
+
+
+class _Reads(TorchFunctionMode):
+    """Sees the ways out of torch that no operation tells of."""
+
+    def __init__(self, run: Dependence) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__") and isinstance(args[0], Tensor):
+            self.run.read(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

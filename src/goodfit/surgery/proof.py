@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from goodfit.dataflow.flows import tensors_in
 from goodfit.surgery.trace import call_model, evaluating
 
-__all__ = ["BOUNDS", "answers", "largest_error", "quiet", "shuffled"]
+__all__ = ["BOUNDS", "answers", "largest_error", "quiet", "shuffled", "variants"]
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -27,13 +28,50 @@ def quiet(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=sorted(cuda)))
         torch.manual_seed(0)
-        yield
+        kept = [(b, b.clone()) for b in model.buffers()]  # a forward may count in them
+        try:
+            yield
+        finally:
+            for buffer, before in kept:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def answers(model: nn.Module, example: Any) -> list[Tensor]:
     """Copies of all output tensors, in order."""
     with quiet(model):
         return [t.detach().clone() for t in tensors_in(call_model(model, example))]
+
+
+def variants(example: Any) -> Iterator[Any]:
+    """Other inputs that a model may take: other numbers, another number of rows, and other lengths and image sizes.
+
+    What a run shows as constant must hold for them too; a model that refuses one is not asked to take it.
+    """
+    yield shuffled(example, torch.Generator().manual_seed(0))
+    yield _mapped(example, lambda t: -2 * t if t.is_floating_point() else t)
+    yield _mapped(example, lambda t: 5 * t + 1 if t.is_floating_point() else t)
+    shapes = [t.shape for t in tensors_in(example) if t.ndim]
+    for axis in range(max(map(len, shapes), default=0)):
+        size = next(shape[axis] for shape in shapes if len(shape) > axis)
+        for index in ((*range(size), *range(min(size, 5))), range(size - 1)):
+            if len(index):
+                yield _mapped(example, partial(_along, axis=axis, size=size, index=index))
+
+
+def _along(t: Tensor, axis: int, size: int, index: Sequence[int]) -> Tensor:
+    fits = t.ndim > axis and t.shape[axis] == size
+    return t.index_select(axis, torch.tensor(index, device=t.device)) if fits else t
+
+
+def _mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return f(value.detach())
+    if isinstance(value, dict):
+        return {key: _mapped(one, f) for key, one in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_mapped(one, f) for one in value)
+    return value
 
 
 def shuffled(value: Any, generator: torch.Generator) -> Any:
