@@ -74,19 +74,16 @@ def _mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def shuffled(value: Any, generator: torch.Generator) -> Any:
+def shuffled(example: Any, generator: torch.Generator) -> Any:
     """The example with the elements of each floating tensor in another order: numbers a model has not seen, yet can take."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point() or value.numel() < 2:
-            return value
-        order = torch.randperm(value.numel(), generator=generator).to(value.device)
-        mixed = value.detach().flatten()[order].view(value.shape)
-        return mixed if not torch.equal(mixed, value) else mixed + torch.rand(value.shape, generator=generator).to(value)
-    if isinstance(value, dict):
-        return {key: shuffled(one, generator) for key, one in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(shuffled(one, generator) for one in value)
-    return value
+
+    def mixed(t: Tensor) -> Tensor:
+        if not t.is_floating_point() or t.numel() < 2:
+            return t
+        other = t.flatten()[torch.randperm(t.numel(), generator=generator).to(t.device)].view(t.shape)
+        return other if not torch.equal(other, t) else other + torch.rand(t.shape, generator=generator).to(t)
+
+    return _mapped(example, mixed)
 
 
 def largest_error(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
