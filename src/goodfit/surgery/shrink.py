@@ -18,6 +18,7 @@ from goodfit.surgery.proof import answers, largest_error, variants
 from goodfit.surgery.search import Search
 from goodfit.surgery.shrunk import BENIGN, Shrunk, kept_zeros, what_went
 from goodfit.surgery.slicing import Snapshot
+from goodfit.surgery.trace import must_run
 
 __all__ = ["shrink"]
 
@@ -51,11 +52,7 @@ def shrink(model: nn.Module, example: Any) -> Shrunk:
     try:
         truth = [answers(model, example)]
     except Exception as problem:
-        first = (str(problem).strip().splitlines() or [""])[0]
-        raise GoodfitError(
-            f"{type(model).__name__} must run on the example in eval mode, got {type(problem).__name__}: {first}; give one "
-            "input batch as the model takes it: a tensor, a tuple of positions or a dict of keywords."
-        ) from problem
+        raise must_run(model, problem) from problem
     for other in variants(example):
         with suppress(Exception):  # a model may well refuse it
             truth.append(answers(model, other))

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from goodfit.errors import GoodfitError
 from goodfit.where import KERNELS, NORMS
 
-__all__ = ["Call", "call_model", "evaluating", "flow", "training"]
+__all__ = ["Call", "call_model", "evaluating", "flow", "must_run", "training"]
 
 # names of torch functions, whichever module defines them, without the underscores of in-place and private ones
 _ACTIVATIONS = {"celu", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"}
@@ -99,12 +99,17 @@ def flow(model: nn.Module, example: Any) -> list[Call]:
         try:
             call_model(model, example)
         except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise GoodfitError(
-                f"{type(model).__name__} must run on the example in eval mode, got {type(error).__name__}: {first}; give one "
-                "input batch as the model takes it: a tensor, a tuple of positions or a dict of keywords."
-            ) from error
+            raise must_run(model, error) from error
     return trace.calls
+
+
+def must_run(model: nn.Module, error: Exception) -> GoodfitError:
+    """What to say of a model that failed on its example."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return GoodfitError(
+        f"{type(model).__name__} must run on the example in eval mode, got {type(error).__name__}: {first}; give one "
+        "input batch as the model takes it: a tensor, a tuple of positions or a dict of keywords."
+    )
 
 
 def _kind_of(module: nn.Module) -> str:
