@@ -14,8 +14,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "goodfit"
 FLOORS = [
     {"errors", "schedules", "defaults"},
     {"hyper", "noise", "where", "axes", "factors", "groups", "blocks", "tensors", "losses", "progress"},
-    {"dataflow"},
+    {"dataflow", "layers"},
     {"surgery"},
+    {"batchnorms", "sampling"},
     {"phases", "rates"},
     {"regularizers"},
     {"cocktail"},
