@@ -70,21 +70,20 @@ class SeededDropout(SeededLayer):
 class SeededChannelDropout(SeededDropout):
     """Whole channels of one row at once: the mask has shape (N, C, 1, ...) or (N, 1, ..., C).
 
-    axis: where the channels are, 1 or -1. rank: the number of axes that an input must have, None for any.
+    axis: where the channels are, 1 or -1. ndim: the number of axes that an input must have, None for any.
     """
 
-    def __init__(self, name: str = "dropout", p: float = 0.0, axis: int = 1, rank: int | None = None) -> None:
+    def __init__(self, name: str = "dropout", p: float = 0.0, axis: int = 1, ndim: int | None = None) -> None:
         super().__init__(name, p)
-        self.axis = axis
-        self.rank = rank
+        self.axis, self.ndim = axis, ndim
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, axis={self.axis}"
 
     def noisy(self, x: Tensor) -> Tensor:
-        if x.ndim < 2 or self.rank not in (None, x.ndim):
+        if x.ndim < 2 or self.ndim not in (None, x.ndim):
             raise GoodfitError(
-                f"{self.name} drops whole channels of a batch of rank {self.rank or '2 or more'}, got {tuple(x.shape)}: "
+                f"{self.name} drops whole channels of a batch of rank {self.ndim or '2 or more'}, got {tuple(x.shape)}: "
                 "give a batch as in the example the model was built on."
             )
         shape = [1] * x.ndim
