@@ -14,7 +14,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
 
-__all__ = ["SeededAlphaDropout", "SeededChannelDropout", "SeededDropout", "SeededGaussianDropout", "SeededLayer"]
+__all__ = [
+    "SeededAlphaDropout",
+    "SeededChannelDropout",
+    "SeededDropout",
+    "SeededGaussianDropout",
+    "SeededInputDropout",
+    "SeededLayer",
+]
 
 
 class SeededLayer(Noisy, _DropoutNd):
@@ -56,18 +63,22 @@ class SeededLayer(Noisy, _DropoutNd):
         return self
 
 
-class SeededDropout(SeededLayer):
+class SeededDropout(SeededLayer, nn.Dropout):
     """Each element is zero with probability p, the others are scaled up: y = x · mask / (1 − p)."""
 
     def noisy(self, x: Tensor) -> Tensor:
-        return self._dropped(x, x.shape)
-
-    def _dropped(self, x: Tensor, shape: torch.Size) -> Tensor:
-        keep = self.draw(shape, x.device) >= self.rate
-        return torch.where(keep, x * (1 / (1 - self.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+        return _dropped(self, x, x.shape)
 
 
-class SeededChannelDropout(SeededDropout):
+class SeededInputDropout(SeededDropout):
+    """The same, on one input of a model, which is called `source`."""
+
+    def __init__(self, name: str = "inputdropout", p: float = 0.0, source: str = "") -> None:
+        super().__init__(name, p)
+        self.source = source
+
+
+class SeededChannelDropout(SeededLayer):
     """Whole channels of one row at once: the mask has shape (N, C, 1, ...) or (N, 1, ..., C).
 
     axis: where the channels are, 1 or -1. ndim: the number of axes that an input must have, None for any.
@@ -89,7 +100,7 @@ class SeededChannelDropout(SeededDropout):
         shape = [1] * x.ndim
         for axis in (0, self.axis):
             shape[axis] = x.shape[axis]
-        return self._dropped(x, torch.Size(shape))
+        return _dropped(self, x, torch.Size(shape))
 
 
 class SeededAlphaDropout(SeededLayer):
@@ -115,3 +126,9 @@ class SeededGaussianDropout(SeededLayer):
         u = self.draw(torch.Size((2, *x.shape)), x.device)
         normal = (-2 * (1 - u[0]).log()).sqrt() * (2 * math.pi * u[1]).cos()  # Box and Muller 1958; 1 − u is never 0
         return (x * (1 + normal * (self.rate / (1 - self.rate)).sqrt())).to(x.dtype)
+
+
+def _dropped(layer: SeededLayer, x: Tensor, shape: torch.Size) -> Tensor:
+    """Zeros by a mask of this shape, the rest scaled up."""
+    keep = layer.draw(shape, x.device) >= layer.rate
+    return torch.where(keep, x * (1 / (1 - layer.rate)), torch.zeros((), dtype=x.dtype, device=x.device))

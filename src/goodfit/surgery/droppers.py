@@ -7,6 +7,7 @@ rate is set by hooks around the module whose code calls it: while that code runs
 from __future__ import annotations
 
 import threading
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -56,6 +57,7 @@ def _seen(model: nn.Module, example: Any, train: bool) -> list[str]:
     watch = _Watch()
     with ExitStack() as stack:
         stack.enter_context(quiet(model))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
         model.train(train)
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(watch.entering(name)).remove)
