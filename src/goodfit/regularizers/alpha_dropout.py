@@ -9,7 +9,7 @@ from torch import nn
 
 from goodfit.hyper import hyper
 from goodfit.layers.dropout import SeededAlphaDropout, SeededLayer
-from goodfit.regularizers.insertion import Insertion
+from goodfit.regularizers.insertion import Insertion, listed
 from goodfit.surgery.places import Place
 from goodfit.surgery.trace import Call
 from goodfit.where import Where, everything
@@ -51,4 +51,4 @@ class AlphaDropout(Insertion):
     def odd(self, chosen: list[Place]) -> list[str]:
         others = [f"{p.name} ({', '.join(sorted(p.functions))})" for p in chosen if p.functions != {"selu"}]
         text = "AlphaDropout keeps mean and variance behind SELU only, which does not stand at"
-        return [f"{text} {', '.join(others)}: take Dropout there."] if others else []
+        return [f"{text} {listed(others)}: take Dropout there."] if others else []

@@ -18,9 +18,9 @@ from goodfit.surgery.places import Place, places
 from goodfit.surgery.trace import Call, flow
 from goodfit.where import Where
 
-__all__ = ["Insertion"]
+__all__ = ["Insertion", "listed"]
 
-SHIFT = "the norm learns a variance that training alone has (Li et al. 2019, arXiv 1801.05134)"
+SHIFT = "the norm meets a larger variance in training than in eval (Li et al. 2019, arXiv 1801.05134)"
 
 
 class Insertion(Build):
@@ -116,8 +116,7 @@ class Insertion(Build):
     def _refuse(self, model: nn.Module, names: list[str], matched: list[Place], reasons: dict[str, str]) -> None:
         kind, model_kind = type(self).__name__, type(model).__name__
         if names and not matched:
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise GoodfitError(f"{kind} matched no place (where={self.where}); {model_kind} has: {shown}.")
+            raise GoodfitError(f"{kind} matched no place (where={self.where}); {model_kind} has: {listed(names)}.")
         if reasons:
             name, reason = next(iter(reasons.items()))
             raise GoodfitError(f"{kind} has no place in {model_kind}: at {name}, {reason}; leave it out of the cocktail.")
@@ -130,7 +129,7 @@ class Insertion(Build):
     def _tell(self, chosen: list[Place], reasons: dict[str, str]) -> None:
         kind, normed = type(self).__name__, [p.name for p in chosen if p.normed]
         told = [f"{kind} leaves out {name}: {reason}." for name, reason in reasons.items()]
-        told += [f"{kind} stands before a norm at {', '.join(normed)}: {SHIFT}."] if normed else []
+        told += [f"{kind} stands before a norm at {listed(normed)}: {SHIFT}."] if normed else []
         for text in [*told, *self.odd(chosen)]:
             warnings.warn(text, GoodfitWarning, stacklevel=5)
 
@@ -144,6 +143,11 @@ class Insertion(Build):
             for name in named_shares:
                 names.pop(name, None)
         records[self._key] = named_shares
+
+
+def listed(names: list[str]) -> str:
+    """Names for one line of text."""
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _records(model: nn.Module) -> dict[str, dict[str, float]]:

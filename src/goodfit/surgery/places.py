@@ -116,4 +116,13 @@ def _axis(call: Call, value: Tensor) -> int | str | None:
     features_last = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
     if isinstance(module, features_last) or type(module) in (nn.LayerNorm, nn.RMSNorm):
         return -1 if value.ndim > 1 else f"{call.name} runs without a batch axis"
-    return None
+    return -1 if module is not None and call.kind == "kernel" and _mixes_last(call, module) else None
+
+
+def _mixes_last(call: Call, module: nn.Module) -> bool:
+    """Whether a layer that torch does not define is a matrix between two last axes of different lengths."""
+    if not isinstance(call.source, Tensor) or call.source.ndim < 2:
+        return False
+    before, behind = call.source.shape, call.output.shape
+    matrices = [set(p.shape) for p in module.parameters(recurse=False) if p.ndim == 2]
+    return before[:-1] == behind[:-1] and before[-1] != behind[-1] and {before[-1], behind[-1]} in matrices
