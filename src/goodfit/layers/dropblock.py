@@ -42,4 +42,4 @@ class SeededDropBlock(SeededLayer):
         margins = [side - 1 for side in reversed(block) for _ in range(2)]
         keep = 1 - _POOL[x.ndim](F.pad(hit.to(torch.float32), margins), block, stride=1)
         share = keep.mean(dtype=torch.float64).clamp(min=1 / keep.numel())
-        return torch.where(keep > 0, x * (1 / share).to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device))
+        return x * (1 / share) * keep.to(x.dtype)

@@ -115,8 +115,7 @@ class SeededAlphaDropout(SeededLayer):
         p = self.rate
         scale = 1 / ((1 - p) * (1 + p * self.LOW**2)).sqrt()
         keep = self.draw(x.shape, x.device) >= p
-        low = torch.full((), self.LOW, dtype=x.dtype, device=x.device)
-        return torch.where(keep, x, low) * scale - scale * p * self.LOW
+        return (x * keep + self.LOW * (~keep).to(x.dtype)) * scale - scale * p * self.LOW
 
 
 class SeededGaussianDropout(SeededLayer):
@@ -131,4 +130,4 @@ class SeededGaussianDropout(SeededLayer):
 def _dropped(layer: SeededLayer, x: Tensor, shape: torch.Size) -> Tensor:
     """Zeros by a mask of this shape, the rest scaled up."""
     keep = layer.draw(shape, x.device) >= layer.rate
-    return torch.where(keep, x * (1 / (1 - layer.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+    return x * (1 / (1 - layer.rate)) * keep  # a product keeps the memory format of x
