@@ -601,6 +601,7 @@ def test_each_regularizer_moves_its_own_rates() -> None:
         seen = []
         for _ in range(steps):
             seen.append((rates(model), run.loss(X, X[:, 0]).detach()))
+            optimizer.zero_grad()
             run.loss(X, X[:, 0]).backward()
             run.gradient(optimizer)
             optimizer.step()
@@ -701,20 +702,23 @@ def test_curriculum_needs_a_gamma_above_0() -> None:
 
 
 @each_kind
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile asks for it
-def test_half_precision_channels_last_and_compiled_models(one: Any) -> None:
+def test_half_precision_and_channels_last_stay(one: Any) -> None:
     model = cnn(nn.SELU).to(torch.bfloat16).to(memory_format=torch.channels_last)
     x = MAPS.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    one.build(model, x)
-    y = model.train()(x)
-    assert y.dtype == torch.bfloat16
-    assert bool(y.isfinite().all())
-    hidden = model[:5](x)
+    hidden = one.build(model, x).train()[:5](x)
+    assert hidden.dtype == torch.bfloat16
+    assert bool(hidden.isfinite().all())
     assert hidden.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile asks for it
+def test_a_model_is_compiled_after_building() -> None:
+    model = mlp(depth=1).double()
+    run = Run("Dropout(0.3), InputDropout(0.2)", model, example=X)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-    for layer in model.modules():
-        if isinstance(layer, SeededLayer):
-            layer.clock.rewind()
-    assert not torch.equal(compiled(x), compiled(x))
-    assert torch.equal(compiled.eval()(x), model.eval()(x))
+    first, second = compiled(X), compiled(X)
+    assert not torch.equal(first, second)
+    run._plan.clock.rewind()
+    torch.testing.assert_close(model(X), first, rtol=1e-12, atol=1e-12)
+    assert torch.equal(compiled.eval()(X), model.eval()(X))
