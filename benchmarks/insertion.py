@@ -98,15 +98,8 @@ def compare(name: str, steps: int, rows: int, device: str) -> list[dict[str, Any
     table = []
     for way in made:
         extra = statistics.median(b - a for a, b in zip(times["bare"], times[way.name], strict=True))
-        row = {
-            "model": name,
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "rows": len(x),
-            "way": way.name,
-            "layers": way.layers,
-        }
-        row |= {"seconds": round(statistics.median(times[way.name]), 4)}
+        row = {"model": name, "device": device, "threads": torch.get_num_threads(), "rows": len(x)}
+        row |= {"way": way.name, "layers": way.layers, "seconds": round(statistics.median(times[way.name]), 4)}
         row |= {"extra %": round(100 * extra / statistics.median(times["bare"]), 1)}
         table.append(row | {"building s": round(way.building, 3) if way.building else ""})
     return table
@@ -121,7 +114,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    warnings.simplefilter("ignore", gf.GoodfitWarning)
+    warnings.simplefilter("ignore")
     rows = [row for name in asked.model or MODELS for row in compare(name, asked.steps, asked.rows, asked.device)]
     print("  ".join(f"{key:>15}" for key in rows[0]))
     for row in rows:

@@ -38,6 +38,17 @@ class Net(nn.Module):
         return self.run(self, *args, **kwargs)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm that holds its activation, as timm has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
 class Own(nn.Module):
     """A linear layer that torch does not know."""
 
@@ -152,6 +163,8 @@ PLACES: dict[str, tuple[Any, Any, list[str] | None, list[str] | None]] = {
     "changed through a view": (Net(view_changed, **lin(6, 8, 1)), ROWS, ["b"], None),
     "norm as a function": (Net(lambda m, x: m.b(F.layer_norm(F.relu(m.a(x)), (8,))), **lin(6, 8, 1)), ROWS, None, None),
     "own layer behind": (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Own()), ROWS, ["1"], ["0"]),
+    "norm with its activation in it": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), nn.Conv2d(4, 2, 3)), IMAGES, ["1.act"], None),
     "rank 3": (nn.Sequential(nn.Conv1d(8, 4, 3), nn.PReLU(), nn.ConvTranspose1d(4, 2, 3)), IMAGES[:, 0], ["1"], ["0"]),
     "rank 5": (nn.Sequential(nn.Conv3d(3, 4, 1), nn.GELU(), nn.Conv3d(4, 2, 1)), IMAGES[..., None], ["1"], ["0"]),
     "weight norm": (nn.Sequential(weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 1)), ROWS, ["1"], ["0"]),
