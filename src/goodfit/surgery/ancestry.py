@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import call_model, must_run
+from goodfit.surgery.trace import _tensors as tensors_in, call_model, must_run
 
 __all__ = ["Ancestry", "Value", "ancestry", "bits", "function_name"]
 
@@ -23,7 +22,9 @@ _ADDITIONS = {"add", "iadd", "radd"}
 _LAYERS = {"addbmm", "addmm", "baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "mm", "rmatmul"}
 _LAYERS |= {"conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"}
 _LAYERS |= {"gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"}
+_SOFTMAX = {"log_softmax", "softmax", "softmin"}
 _PARTS = {"chunk", "getitem", "index_select", "narrow", "select", "split", "split_with_sizes", "tensor_split", "unbind"}
+_JOINS = {"cat", "concat", "concatenate", "stack"}
 _SCALES = {"div", "idiv", "imul", "itruediv", "mul", "multiply", "rmul", "truediv"}
 _REARRANGES = {"bfloat16", "clone", "contiguous", "double", "flatten", "flip", "float", "getitem", "half", "movedim", "narrow"}
 _REARRANGES |= {"permute", "reshape", "roll", "squeeze", "swapaxes", "to", "transpose", "type", "type_as"}
@@ -42,8 +43,10 @@ class Value:
     live: bool = False  # depends on the model's input
     layers: int = 0  # how many products with weights it is away from its parents
     part: bool = False  # some of a parent's numbers
+    joined: bool = False  # of parts
     of: Value | None = None  # the live tensor that it is a scaled or rearranged copy of
     uses: int = 0
+    logits: bool = False  # a softmax takes it
     straight: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # who returned it, and whether alone
 
     def descends(self, other: Value) -> bool:
@@ -89,6 +92,8 @@ class Ancestry(TorchFunctionMode):
         made = [self._made(name, t, tuple(inputs)) for t in {id(t): t for t in changed}.values()]
         for value in inputs if made else ():
             value.uses += 1
+            while name in _SOFTMAX and value is not None:
+                value.logits, value = True, value.of
         operands = [v for v in inputs if _real(v.tensor)]
         if name in _ADDITIONS and len(operands) == 2 and len(made) == 1:
             self.additions.append((operands[0], operands[1], made[0]))
@@ -102,6 +107,7 @@ class Ancestry(TorchFunctionMode):
         elif live and weights and name in _LAYERS:
             made.layers = 1
         made.part = name in _PARTS and bool(inputs) and t.numel() < max(v.tensor.numel() for v in inputs)
+        made.joined = name in _JOINS
         if len(live) == 1 and (name in _REARRANGES or (name in _SCALES and live[0] is inputs[0])):
             made.of = live[0]
         elif len(live) == 1 and name in _SCALES - {"div", "truediv", "itruediv", "idiv"}:

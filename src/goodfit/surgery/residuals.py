@@ -20,6 +20,9 @@ from goodfit.surgery.ancestry import Ancestry, Value, ancestry, bits
 __all__ = ["Residual", "residual_additions", "residuals"]
 
 
+_SHORTCUT = 2  # layers: a convolution, or a separable one
+
+
 @dataclass(frozen=True)
 class Residual:
     """One branch of one residual addition. Where no module hands the branch over, `module` is None and `reason` says why.
@@ -58,20 +61,26 @@ def residual_additions(run: Ancestry) -> list[Residual]:
     sums: dict[int, _Sum] = {}
     for a, b, total in run.additions:
         one = _by_descent(run, sums, a, b, total) or _by_projection(run, a, b, total)
-        if one is not None:
+        if one is not None and not total.logits:  # the bias of attention scores, added again in each layer
             sums[total.index] = one
     terms = {t.index: (a, b) for a, b, t in run.additions if t.index not in sums or sums[t.index].projected}
     opened: set[int] = set()
     ends = {i: list(_ends(one.branch, terms, opened)) for i, one in sums.items()}
     kept = [i for i in sums if i not in opened]  # branches that are summed first may look like a projection shortcut
-    found = [_residual(run, order, sums[i], *end) for order, i in enumerate(kept) for end in ends[i]]
-    return _each_time(run, found)
+    found = [(order, sums[i], end, reason) for order, i in enumerate(kept) for end, reason in ends[i]]
+    branches = Counter(name for _, _, end, reason in found if not reason for name, _, _ in end.straight)
+    hosts = {name for name, count in branches.items() if count == len(run.calls[name])}
+    return _each_time(run, [_residual(run, hosts, *one) for one in found])
 
 
 def _by_descent(run: Ancestry, sums: dict[int, _Sum], a: Value, b: Value, total: Value) -> _Sum | None:
     for skip, branch in ((a, b), (b, a)):
         start = sums[skip.index].start if skip.index in sums and not branch.descends(skip) else skip
-        if branch.live and branch.descends(start) and _ways(run, start, branch).longest > 0:
+        if not (branch.live and branch.descends(start)):
+            continue
+        source = _source(branch)
+        # a constant that is added again and again, such as positions, is no skip
+        if (source.uses == 1 and source.straight) or (start.live and _ways(run, start, branch).longest > 0):
             return _Sum(start, branch, total)
     return None
 
@@ -84,7 +93,8 @@ def _by_projection(run: Ancestry, a: Value, b: Value, total: Value) -> _Sum | No
     ways = {v: _ways(run, fork, v) for v in (a, b)}
     short, long = sorted(ways, key=lambda v: ways[v].longest)
     parts = ways[short].parts and ways[long].parts  # each works on its own part of one value
-    if ways[short].longest < ways[long].shortest and not parts and _host(long):
+    fewer = ways[short].longest < ways[long].longest and ways[short].longest <= ways[long].shortest
+    if fewer and ways[short].longest <= _SHORTCUT and not parts and _source(long).straight:
         return _Sum(fork, long, total, projected=True)
     return None
 
@@ -105,25 +115,24 @@ def _ways(run: Ancestry, start: Value, end: Value) -> _Ways:
         before = [known[p] for p in value.parents if p in known]
         if before:
             shortest, longest = min(w.shortest for w in before), max(w.longest for w in before)
-            parts = value.part or any(w.parts for w in before)
+            parts = value.part or (any(w.parts for w in before) and not value.joined)
             known[value] = _Ways(shortest + value.layers, longest + value.layers, parts)
     return known[end]
 
 
-def _host(value: Value) -> tuple[str, nn.Module] | None:
-    """The last module that returned the value alone, else the last that returned it first."""
-    able = [entry for entry in value.straight if not isinstance(entry[1], ScriptModule)]
-    last = next((e for e in reversed(able) if e[2]), able[-1] if able else None)
-    return None if last is None else last[:2]
+def _source(value: Value) -> Value:
+    """The value that a module handed over, behind scaling and rearranging."""
+    while value.uses == 1 and not value.straight and value.of is not None:
+        value = value.of
+    return value
 
 
 def _ends(value: Value, terms: dict[int, tuple[Value, Value]], opened: set[int]) -> Iterator[tuple[Value, str]]:
     """The values that add up to a branch, each handed over by a module, or the reason why it is not."""
-    while value.uses == 1 and not _host(value) and value.of is not None:
-        value = value.of
+    value = _source(value)
     if value.uses > 1:
         yield value, "is used elsewhere too"
-    elif _host(value):
+    elif value.straight:
         yield value, ""
     elif value.index in terms and all(term.live for term in terms[value.index]):
         opened.add(value.index)
@@ -133,17 +142,22 @@ def _ends(value: Value, terms: dict[int, tuple[Value, Value]], opened: set[int])
         yield value, "is the result of a function, not of a module"
 
 
-def _residual(run: Ancestry, order: int, one: _Sum, end: Value, reason: str) -> Residual:
-    name, module = _host(end) or ("", None)
+def _residual(run: Ancestry, hosts: set[str], order: int, one: _Sum, end: Value, reason: str) -> Residual:
+    """Its host is the last module that returned the branch alone, else the last that returned it first."""
+    able = [entry for entry in end.straight if entry[0] in hosts and not isinstance(entry[1], ScriptModule)]
+    ranked = sorted(able, key=lambda entry: entry[2])
+    name, module, _ = ranked[-1] if ranked and not reason else ("", None, False)
+    if not ranked and end.straight and not reason:
+        reason = f"comes from {end.straight[-1][0]}, which runs elsewhere too"
     between = (one.branch.ancestors | 1 << one.branch.index) & ~(one.start.ancestors | 1 << one.start.index)
     inside = {n for i in bits(between) if run.values[i].descends(one.start) for n, _, _ in run.values[i].straight}
     straight = tuple(n for n, _, _ in end.straight)
-    return Residual(order, one.total.index, name, None if reason else module, straight, frozenset(inside), reason)
+    return Residual(order, one.total.index, name, module, straight, frozenset(inside), reason)
 
 
 def _each_time(run: Ancestry, found: list[Residual]) -> list[Residual]:
-    """A module that also runs elsewhere is no host."""
-    branches = Counter(r.branch for r in found if r.module is not None)
+    """A host must be the host each time it runs."""
+    branches = Counter(r.branch for r in found)
     return [
         replace(r, module=None, reason=f"comes from {r.branch}, which runs elsewhere too")
         if r.module is not None and branches[r.branch] != len(run.calls[r.branch])
