@@ -4,46 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from goodfit.errors import GoodfitError
-from goodfit.noise import Clock, Noisy
+from goodfit.layers.seeded import Seeded
 
 __all__ = ["SeededAlphaDropout", "SeededChannelDropout", "SeededDropout", "SeededGaussianDropout", "SeededLayer"]
 
 
-class SeededLayer(Noisy, _DropoutNd):
-    """A layer that is noise in training and nothing in eval; a kind of it says in `noisy` what it does to its input.
-
-    The rate and the seed are non-persistent buffers, so the model's `state_dict` does not change; they stay on the CPU in
-    full precision wherever the model goes, since they are read as scalars. Under vmap they hold one value per member: so
-    `noisy` reads the rate as a tensor, and must be the identity where it is 0 without asking whether it is.
-    """
-
-    rate: Tensor
+class SeededLayer(Seeded, _DropoutNd):
+    """A layer that is noise in training and nothing in eval; a kind of it says in `noisy` what it does to its input."""
 
     def __init__(self, name: str = "dropout", p: float = 0.0) -> None:
-        nn.Module.__init__(self)
+        super().__init__(name, p)
         self.inplace = False
-        self.register_buffer("rate", torch.tensor(p, dtype=torch.float64), persistent=False)
-        self.register_buffer("seed", torch.tensor(0), persistent=False)
-        self.bind(name, 0, Clock())
-
-    @property
-    def p(self) -> float:
-        return float(self.rate)
-
-    @p.setter
-    def p(self, value: float) -> None:
-        self.rate.fill_(value)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.noisy(x) if self.training else x
@@ -52,19 +29,12 @@ class SeededLayer(Noisy, _DropoutNd):
     def noisy(self, x: Tensor) -> Tensor:
         """What training makes of `x`."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return self
-
 
 class SeededDropout(SeededLayer):
     """Each element is zero with probability p, the others are scaled up: y = x · mask / (1 − p)."""
 
     def noisy(self, x: Tensor) -> Tensor:
-        return self._dropped(x, x.shape)
-
-    def _dropped(self, x: Tensor, shape: torch.Size) -> Tensor:
-        keep = self.draw(shape, x.device) >= self.rate
-        return torch.where(keep, x * (1 / (1 - self.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+        return self.dropped(x, x.shape)
 
 
 class SeededChannelDropout(SeededDropout):
@@ -89,7 +59,7 @@ class SeededChannelDropout(SeededDropout):
         shape = [1] * x.ndim
         for axis in (0, self.axis):
             shape[axis] = x.shape[axis]
-        return self._dropped(x, torch.Size(shape))
+        return self.dropped(x, torch.Size(shape))
 
 
 class SeededAlphaDropout(SeededLayer):
