@@ -171,7 +171,8 @@ def _version(t: Tensor) -> int:
 
 def bits(mask: int) -> Iterator[int]:
     """Positions of the ones."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+    text = bin(mask)[:1:-1]
+    at = text.find("1")
+    while at >= 0:
+        yield at
+        at = text.find("1", at + 1)
