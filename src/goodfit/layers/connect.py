@@ -72,4 +72,4 @@ def _set(owner: nn.Module, name: str, value: Tensor) -> None:
     holder: dict[str, Any] = owner._parameters if name in owner._parameters else vars(owner)
     holder[name] = value
     if isinstance(owner, nn.RNNBase):  # what its forward reads
-        owner._flat_weights[owner._flat_weights_names.index(name)] = value  # type: ignore[index]
+        owner._flat_weights[owner._flat_weights_names.index(name)] = value

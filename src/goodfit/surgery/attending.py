@@ -133,7 +133,7 @@ class _Running(threading.local):
     """The modes that hooks of one thread have entered, the innermost last."""
 
     def __init__(self) -> None:
-        self.modes: list[_Rate] = []
+        self.entered: list[tuple[_Rate, ExitStack]] = []
 
 
 _running = _Running()
@@ -146,9 +146,9 @@ class _Enter:
         self.name = name
 
     def __call__(self, host: nn.Module, args: Any) -> None:
-        mode = _Rate(host.get_submodule(self.name))
-        mode.__enter__()
-        _running.modes.append(mode)
+        mode, stack = _Rate(host.get_submodule(self.name)), ExitStack()
+        stack.enter_context(mode)
+        _running.entered.append((mode, stack))
 
 
 class _Leave:
@@ -159,8 +159,8 @@ class _Leave:
 
     def __call__(self, host: nn.Module, args: Any, output: Any) -> None:
         # else the host failed before it was entered
-        if _running.modes and _running.modes[-1].layer is host.get_submodule(self.name):
-            _running.modes.pop().__exit__(None, None, None)
+        if _running.entered and _running.entered[-1][0].layer is host.get_submodule(self.name):
+            _running.entered.pop()[1].close()
 
 
 class _Rate(TorchFunctionMode):
@@ -174,7 +174,7 @@ class _Rate(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), function_name(func)
         given = args or tuple(kwargs.values())
-        if _running.modes and _running.modes[-1] is not self:
+        if _running.entered and _running.entered[-1][0] is not self:
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             args, kwargs = _with(args, kwargs, 4, "dropout_p", self.layer.now)
