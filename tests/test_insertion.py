@@ -269,12 +269,19 @@ def test_a_model_with_dropout_layers_gets_their_rate_set_and_nothing_inserted(na
     assert model[2].p == 0.4
 
 
-def test_dropout_by_a_function_is_refused_unless_its_rate_is_zero() -> None:
+def test_dropout_by_a_function_gets_the_rate_unless_it_is_off() -> None:
     def net(p: float) -> nn.Module:
-        return Net(lambda m, x: m.b(F.dropout(F.relu(m.a(x)), p, m.training)), **lin(6, 8, 1))
+        return Net(lambda m, x: m.b(F.dropout(F.relu(m.a(x)), p, m.training)), **lin(6, 800, 1))
 
-    with pytest.raises(GoodfitError, match=r"drops by a function such as F\.dropout"):
-        Dropout(0.5).build(net(0.3), torch.randn(4, 6))
+    model = net(0.3)
+    assert added(model, Dropout(0.9), torch.randn(4, 6)) == []
+    seen: list[Tensor] = []
+    model.b.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model.a.bias.data.fill_(100)
+    model.train()(torch.zeros(4, 6))
+    assert abs(float((seen[0] == 0).double().mean()) - 0.9) < 0.03
+    model.eval()(torch.zeros(4, 6))
+    assert bool((seen[1] > 0).all())
     assert added(net(0.0), Dropout(0.5), torch.randn(4, 6)) == ["b.dropout"]
 
 

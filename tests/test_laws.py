@@ -38,7 +38,8 @@ SCORES = (0.9, 0.8, 0.85, 0.7, 0.71, 0.72, 0.73)
 
 def net() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    maps = (nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 2, 3, padding=1), nn.SELU(), nn.Conv1d(2, 1, 1), nn.Flatten())
+    return nn.Sequential(nn.Linear(3, 8), nn.SELU(), *maps, nn.Linear(4, 4), nn.SELU(), nn.Linear(4, 1)).double()
 
 
 def results(one: Regularizer) -> dict[str, torch.Tensor]:

@@ -28,6 +28,9 @@ _VALUES: dict[str, Any] = {
 _CALLS: dict[str, Callable[..., Any]] = {
     "named": where.named,
     "linear": schedules.linear,
+    "curriculum": schedules.curriculum,
+    "early": schedules.early,
+    "late": schedules.late,
     "heads": groups.heads,
     "custom": groups.custom,
     "adaptive": factors.adaptive,

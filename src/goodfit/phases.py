@@ -106,7 +106,16 @@ class Regularizer(ABC):
 
 
 class Build(Regularizer):
-    """Model → model, in place, once."""
+    """Model → model, in place, once. Its `where` picks places by the name of the module, not weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = getattr(self, "where", None)
+        if where is not None and where.by_role:
+            raise GoodfitError(
+                f"{type(self).__name__}.where picks places by their name, and a place has no role as a weight has: write "
+                f"where=named('encoder.*'), got where={where!r}."
+            )
 
     @abstractmethod
     def build(self, model: nn.Module, example: Any) -> nn.Module:

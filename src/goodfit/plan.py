@@ -80,7 +80,7 @@ class Plan:
                 layer.bind(name, self.seed, self.clock, rank())
         weights, buffers = tensors_of(self.model)
         for key, one in list(self.active.items()):
-            where = getattr(one, "where", None)
+            where = None if isinstance(one, Build) else getattr(one, "where", None)
             self.chosen[key] = list(weights) if where is None else where.select(self.model)
             if where is not None and not self.chosen[key]:
                 shown = ", ".join(list(weights)[:8]) + (", ..." if len(weights) > 8 else "")

@@ -31,6 +31,11 @@ class Where(ABC):
     def holds(self, name: str, role: str) -> bool:
         """Whether the parameter `name` with this `role` is selected."""
 
+    @property
+    def by_role(self) -> bool:
+        """Whether it asks for the role of a weight, which the place of a layer does not have."""
+        return False
+
     def __and__(self, other: Where) -> Where:
         return _Both(self, other) if isinstance(other, Where) else NotImplemented
 
@@ -52,6 +57,10 @@ class _Role(Where):
 
     def __repr__(self) -> str:
         return self.name
+
+    @property
+    def by_role(self) -> bool:
+        return self.role != ""
 
     def holds(self, name: str, role: str) -> bool:
         return self.role in ("", role)
@@ -76,6 +85,10 @@ class _Both(Where):
     def __repr__(self) -> str:
         return f"({self.left!r} & {self.right!r})"
 
+    @property
+    def by_role(self) -> bool:
+        return self.left.by_role or self.right.by_role
+
     def holds(self, name: str, role: str) -> bool:
         return self.left.holds(name, role) and self.right.holds(name, role)
 
@@ -88,6 +101,10 @@ class _Either(Where):
     def __repr__(self) -> str:
         return f"({self.left!r} | {self.right!r})"
 
+    @property
+    def by_role(self) -> bool:
+        return self.left.by_role or self.right.by_role
+
     def holds(self, name: str, role: str) -> bool:
         return self.left.holds(name, role) or self.right.holds(name, role)
 
@@ -98,6 +115,10 @@ class _Not(Where):
 
     def __repr__(self) -> str:
         return f"~{self.inner!r}"
+
+    @property
+    def by_role(self) -> bool:
+        return self.inner.by_role
 
     def holds(self, name: str, role: str) -> bool:
         return not self.inner.holds(name, role)

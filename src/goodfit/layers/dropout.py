@@ -6,13 +6,20 @@ import math
 from abc import abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from goodfit.errors import GoodfitError
 from goodfit.layers.seeded import Seeded
 
-__all__ = ["SeededAlphaDropout", "SeededChannelDropout", "SeededDropout", "SeededGaussianDropout", "SeededLayer"]
+__all__ = [
+    "SeededAlphaDropout",
+    "SeededChannelDropout",
+    "SeededDropout",
+    "SeededGaussianDropout",
+    "SeededInputDropout",
+    "SeededLayer",
+]
 
 
 class SeededLayer(Seeded, _DropoutNd):
@@ -30,14 +37,22 @@ class SeededLayer(Seeded, _DropoutNd):
         """What training makes of `x`."""
 
 
-class SeededDropout(SeededLayer):
+class SeededDropout(SeededLayer, nn.Dropout):
     """Each element is zero with probability p, the others are scaled up: y = x · mask / (1 − p)."""
 
     def noisy(self, x: Tensor) -> Tensor:
         return self.dropped(x, x.shape)
 
 
-class SeededChannelDropout(SeededDropout):
+class SeededInputDropout(SeededDropout):
+    """The same, on one input of a model, which is called `source`."""
+
+    def __init__(self, name: str = "inputdropout", p: float = 0.0, source: str = "") -> None:
+        super().__init__(name, p)
+        self.source = source
+
+
+class SeededChannelDropout(SeededLayer):
     """Whole channels of one row at once: the mask has shape (N, C, 1, ...) or (N, 1, ..., C).
 
     axis: where the channels are, 1 or -1. ndim: the number of axes that an input must have, None for any.

@@ -69,9 +69,10 @@ class AttentionDropout(Build):
         return model
 
     def tune(self, model: nn.Module) -> None:
+        p = self.at(0).p
         for name, share in records(model).get(self._key, {}).items():
             layer: Any = model.get_submodule(name)
-            setattr(layer, "dropout" if isinstance(layer, nn.MultiheadAttention) else "p", self.p * share)
+            setattr(layer, "dropout" if isinstance(layer, nn.MultiheadAttention) else "p", p * share)
 
     @property
     def _key(self) -> str:

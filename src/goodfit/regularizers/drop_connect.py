@@ -59,9 +59,10 @@ class DropConnect(Build):
         return model
 
     def tune(self, model: nn.Module) -> None:
+        p = self.at(0).p
         for name, share in records(model).get(self._key, {}).items():
             layer: Any = model.get_submodule(name)
-            layer.p = self.p * share
+            layer.p = p * share
 
     @property
     def _key(self) -> str:

@@ -68,9 +68,10 @@ class DropPath(Build):
         return model
 
     def tune(self, model: nn.Module) -> None:
+        p = self.at(0).p
         for name, share in records(model).get(self._key, {}).items():
             layer = model.get_submodule(name)
-            setattr(layer, rate_name(layer), self.p * share)
+            setattr(layer, rate_name(layer), p * share)
 
     @property
     def _key(self) -> str:

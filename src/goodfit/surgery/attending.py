@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from goodfit.errors import GoodfitError
 from goodfit.layers.attention import AttentionRate
 from goodfit.surgery.ancestry import function_name
+from goodfit.surgery.droppers import settled
 from goodfit.surgery.proof import quiet
 from goodfit.surgery.trace import _tensors as tensors_in, call_model, must_run
 
@@ -179,8 +180,10 @@ class _Rate(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             args, kwargs = _with(args, kwargs, 4, "dropout_p", self.layer.now)
         elif name == "dropout" and self.softmaxes.has(given):
-            args, kwargs = _with(args, kwargs, 1, "p", self.layer.now)
-            args, kwargs = _with(args, kwargs, 2, "training" if "train" not in kwargs else "train", self.layer.training)
+            args, kwargs = _with(args, kwargs, 1, "p", self.layer.p)
+            args, kwargs = _with(args, kwargs, 2, "train" if "train" in kwargs else "training", self.layer.training)
+            with settled():
+                return func(*args, **kwargs)
         output = func(*args, **kwargs)
         self.softmaxes.note(name, given, output)
         return output

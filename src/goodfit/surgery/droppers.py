@@ -7,7 +7,9 @@ rate is set by hooks around the module whose code calls it: while that code runs
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -17,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from goodfit.surgery.proof import quiet
 from goodfit.surgery.trace import DROPPERS, call_model, must_run, rate_of
 
-__all__ = ["droppers", "set_rate"]
+__all__ = ["droppers", "set_rate", "settled"]
 
 
 def droppers(model: nn.Module, example: Any) -> list[str]:
@@ -56,6 +58,7 @@ def _seen(model: nn.Module, example: Any, train: bool) -> list[str]:
     watch = _Watch()
     with ExitStack() as stack:
         stack.enter_context(quiet(model))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
         model.train(train)
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(watch.entering(name)).remove)
@@ -157,3 +160,13 @@ class _Rates(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             _running.settled = False
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """While another mode has decided on the rate of a function."""
+    before, _running.settled = _running.settled, True
+    try:
+        yield
+    finally:
+        _running.settled = before

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["has_inserted", "insert_after", "insert_before", "refuse_wrappers"]
+__all__ = ["hang", "has_inserted", "insert_after", "insert_before", "refuse_wrappers"]
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, ScriptModule)
 
@@ -34,13 +34,13 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
 
 def insert_after(host: nn.Module, name: str, layer: nn.Module) -> None:
     """Let `layer` act on what `host` returns."""
-    _hang(host, name, layer)
+    hang(host, name, layer)
     host.register_forward_hook(_After(name))
 
 
 def insert_before(host: nn.Module, name: str, layer: nn.Module) -> None:
     """Let `layer` act on the first argument of `host`."""
-    _hang(host, name, layer)
+    hang(host, name, layer)
     host.register_forward_pre_hook(_Before(name), with_kwargs=True)
 
 
@@ -49,7 +49,8 @@ def has_inserted(model: nn.Module, name: str) -> bool:
     return any(isinstance(h, _After) and h.name == name for m in model.modules() for h in m._forward_hooks.values())
 
 
-def _hang(host: nn.Module, name: str, layer: nn.Module) -> None:
+def hang(host: nn.Module, name: str, layer: nn.Module) -> None:
+    """Make `layer` a child of `host`, in the host's mode."""
     if hasattr(host, name):
         raise GoodfitError(f"{type(host).__name__} already has a {name!r}: the model was built before, build a fresh one.")
     host.add_module(name, layer)
