@@ -47,6 +47,7 @@ class Value:
     joined: bool = False  # of parts
     of: Value | None = None  # the live tensor that it is a scaled or rearranged copy of
     uses: int = 0
+    added: int = 0  # uses that are additions
     logits: bool = False  # a softmax takes it
     straight: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # who returned it, and whether alone
 
@@ -105,6 +106,8 @@ class Ancestry(TorchFunctionMode):
         operands = [v for v in inputs if _real(v.tensor)]
         if name in _ADDITIONS and len(operands) == 2 and len(made) == 1:
             self.additions.append((operands[0], operands[1], made[0]))
+            for one in operands:
+                one.added += 1
         return output
 
     def _made(self, name: str, t: Tensor, inputs: tuple[Value, ...]) -> Value:

@@ -20,7 +20,7 @@ from goodfit.surgery.ancestry import Ancestry, Value, ancestry, bits
 __all__ = ["Residual", "residual_additions", "residuals"]
 
 
-_SHORTCUT = 2  # layers: a convolution, or a separable one
+_SHORTCUT = 2  # layers: a convolution, or a separable one; a branch has no fewer
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,10 @@ def _by_descent(run: Ancestry, sums: dict[int, _Sum], a: Value, b: Value, total:
         start = sums[skip.index].start if skip.index in sums and not branch.descends(skip) else skip
         if not (branch.live and branch.descends(start)):
             continue
-        source = _source(branch)
-        # a constant that is added again and again, such as positions, is no skip
-        if (source.uses == 1 and source.straight) or (start.live and _ways(run, start, branch).longest > 0):
+        source, constant = _source(branch), not start.live
+        if constant and start.uses == start.added:  # positions that are added again and again
+            continue
+        if (source.uses == 1 and source.straight) or (not constant and _ways(run, start, branch).longest > 0):
             return _Sum(start, branch, total)
     return None
 
@@ -94,7 +95,7 @@ def _by_projection(run: Ancestry, a: Value, b: Value, total: Value) -> _Sum | No
     short, long = sorted(ways, key=lambda v: ways[v].longest)
     parts = ways[short].parts and ways[long].parts  # each works on its own part of one value
     fewer = ways[short].longest < ways[long].longest and ways[short].longest <= ways[long].shortest
-    if fewer and ways[short].longest <= _SHORTCUT and not parts and _source(long).straight:
+    if fewer and ways[short].longest <= _SHORTCUT <= ways[long].longest and not parts and _source(long).straight:
         return _Sum(fork, long, total, projected=True)
     return None
 
