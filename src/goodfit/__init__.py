@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from goodfit.paths.path import path as path
     from goodfit.paths.result import Path as Path
     from goodfit.regularizers.alpha_dropout import AlphaDropout as AlphaDropout
+    from goodfit.regularizers.attention_dropout import AttentionDropout as AttentionDropout
     from goodfit.regularizers.batchnorm import BatchNorm as BatchNorm
     from goodfit.regularizers.channel_dropout import ChannelDropout as ChannelDropout
     from goodfit.regularizers.constraints import MaxNorm as MaxNorm
     from goodfit.regularizers.drop_block import DropBlock as DropBlock
+    from goodfit.regularizers.drop_connect import DropConnect as DropConnect
+    from goodfit.regularizers.drop_path import DropPath as DropPath
     from goodfit.regularizers.dropout import Dropout as Dropout
     from goodfit.regularizers.early_stopping import EarlyStopping as EarlyStopping
     from goodfit.regularizers.gaussian_dropout import GaussianDropout as GaussianDropout

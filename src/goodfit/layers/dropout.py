@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from goodfit.errors import GoodfitError
-from goodfit.noise import Clock, Noisy
+from goodfit.layers.seeded import Seeded
 
 __all__ = [
     "SeededAlphaDropout",
@@ -24,33 +22,12 @@ __all__ = [
 ]
 
 
-class SeededLayer(Noisy, _DropoutNd):
-    """A layer that is noise in training and nothing in eval; a kind of it says in `noisy` what it does to its input.
-
-    The rate and the seed are non-persistent buffers, so the model's `state_dict` does not change; they stay on the CPU in
-    full precision wherever the model goes, since they are read as scalars. Under vmap they hold one value per member: so
-    `noisy` reads the rate as a tensor, and must be the identity where it is 0 without asking whether it is.
-    """
-
-    rate: Tensor
+class SeededLayer(Seeded, _DropoutNd):
+    """A layer that is noise in training and nothing in eval; a kind of it says in `noisy` what it does to its input."""
 
     def __init__(self, name: str = "dropout", p: float = 0.0) -> None:
-        nn.Module.__init__(self)
+        super().__init__(name, p)
         self.inplace = False
-        self.register_buffer("rate", torch.tensor(p, dtype=torch.float64), persistent=False)
-        self.register_buffer("seed", torch.tensor(0), persistent=False)
-        self.bind(name, 0, Clock())
-
-    @property
-    def p(self) -> float:
-        return float(self.rate)
-
-    @p.setter
-    def p(self, value: float) -> None:
-        self.rate.fill_(value)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p:g}"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.noisy(x) if self.training else x
@@ -59,15 +36,12 @@ class SeededLayer(Noisy, _DropoutNd):
     def noisy(self, x: Tensor) -> Tensor:
         """What training makes of `x`."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return self
-
 
 class SeededDropout(SeededLayer, nn.Dropout):
     """Each element is zero with probability p, the others are scaled up: y = x · mask / (1 − p)."""
 
     def noisy(self, x: Tensor) -> Tensor:
-        return _dropped(self, x, x.shape)
+        return self.dropped(x, x.shape)
 
 
 class SeededInputDropout(SeededDropout):
@@ -100,7 +74,7 @@ class SeededChannelDropout(SeededLayer):
         shape = [1] * x.ndim
         for axis in (0, self.axis):
             shape[axis] = x.shape[axis]
-        return _dropped(self, x, torch.Size(shape))
+        return self.dropped(x, torch.Size(shape))
 
 
 class SeededAlphaDropout(SeededLayer):
@@ -125,9 +99,3 @@ class SeededGaussianDropout(SeededLayer):
         u = self.draw(torch.Size((2, *x.shape)), x.device)
         normal = (-2 * (1 - u[0]).log()).sqrt() * (2 * math.pi * u[1]).cos()  # Box and Muller 1958; 1 − u is never 0
         return (x * (1 + normal * (self.rate / (1 - self.rate)).sqrt())).to(x.dtype)
-
-
-def _dropped(layer: SeededLayer, x: Tensor, shape: torch.Size) -> Tensor:
-    """Zeros by a mask of this shape, the rest scaled up."""
-    keep = layer.draw(shape, x.device) >= layer.rate
-    return x * (1 / (1 - layer.rate)) * keep  # a product keeps the memory format of x

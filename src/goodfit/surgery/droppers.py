@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from goodfit.surgery.proof import quiet
 from goodfit.surgery.trace import DROPPERS, call_model, must_run, rate_of
 
-__all__ = ["droppers", "set_rate"]
+__all__ = ["droppers", "set_rate", "settled"]
 
 
 def droppers(model: nn.Module, example: Any) -> list[str]:
@@ -159,3 +160,13 @@ class _Rates(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             _running.settled = False
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """While another mode has decided on the rate of a function."""
+    before, _running.settled = _running.settled, True
+    try:
+        yield
+    finally:
+        _running.settled = before
