@@ -133,9 +133,9 @@ class Run:
         return not self.stopped
 
     def finish(self, batches: Any = None) -> nn.Module:
-        """The model to keep, by Finish regularizers; where one averages weights, `batches` are for the statistics of batch norms."""
+        """The model to keep: Finish regularizers on its weights and buffers, in place.
 
-        batches: the training data, for the statistics of batch norms where weights are averaged.
+        batches: the training data, from which batch norms get their statistics where weights are averaged.
         """
         deaf = [type(r).__name__ for _, r in self._plan.of(Epoch)]
         if deaf and not self._heard:
