@@ -18,8 +18,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import goodfit as gf
 from goodfit import BatchNorm, Dropout, GoodfitError, Run
 from goodfit.data import mapped
+from goodfit.layers.dropout import SeededDropout
 from goodfit.noise import Clock
-from goodfit.regularizers.dropout import SeededDropout
 from goodfit.surgery.trace import call_model
 
 ROWS, SERIES, IMAGES = torch.randn(4, 6), torch.randn(4, 5, 6), torch.randn(2, 3, 8, 8)

@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from goodfit.errors import GoodfitError
 from goodfit.hyper import hyper
-from goodfit.noise import Clock, Noisy
+from goodfit.layers.dropout import SeededDropout
 from goodfit.phases import Build
 from goodfit.surgery.insert import insert_after, insert_before, refuse_wrappers
 from goodfit.surgery.trace import Call, flow
 
-__all__ = ["Dropout", "SeededDropout"]
+__all__ = ["Dropout"]
 
 Insert = Callable[[nn.Module, str, nn.Module], None]
 
@@ -86,40 +85,3 @@ def _places(calls: list[Call], kind: str) -> dict[str, tuple[nn.Module, Insert]]
             "put nn.Dropout where you want it, Dropout(p) then sets its rate."
         )
     return places
-
-
-class SeededDropout(Noisy, nn.Dropout):
-    """Element dropout whose masks are a pure function of (seed, layer, step, call).
-
-    The rate and the seed are non-persistent buffers, so the model's `state_dict` does not change; they stay on the CPU in
-    full precision wherever the model goes, since they are read as scalars.
-    """
-
-    rate: Tensor
-
-    def __init__(self, name: str = "dropout", p: float = 0.0) -> None:
-        nn.Module.__init__(self)
-        self.inplace = False
-        self.register_buffer("rate", torch.tensor(p, dtype=torch.float64), persistent=False)
-        self.register_buffer("seed", torch.tensor(0), persistent=False)
-        self.bind(name, 0, Clock())
-
-    @property
-    def p(self) -> float:
-        return float(self.rate)
-
-    @p.setter
-    def p(self, value: float) -> None:
-        self.rate.fill_(value)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p:g}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = self.draw(x.shape, x.device) >= self.rate
-        return torch.where(keep, x * (1 / (1 - self.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeededDropout:
-        return self

@@ -17,16 +17,17 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from goodfit.errors import GoodfitError
+from goodfit.noise import Noisy
 from goodfit.where import KERNELS, NORMS
 
-__all__ = ["Call", "call_model", "evaluating", "flow", "must_run", "training"]
+__all__ = ["DROPPERS", "Call", "call_model", "evaluating", "flow", "must_run", "rate_of", "training"]
 
 # names of torch functions, whichever module defines them, without the underscores of in-place and private ones
 _ACTIVATIONS = {"celu", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"}
 _ACTIVATIONS |= {"mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign"}
 _ACTIVATIONS |= {"tanh", "tanhshrink", "threshold"}
 _NORMALIZERS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "rms_norm"}
-_DROPPERS = {"alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"}
+DROPPERS = {"alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout", "feature_dropout"}
 _PRODUCTS = {"imul", "mul", "multiply", "rmul"}
 
 
@@ -34,11 +35,12 @@ _PRODUCTS = {"imul", "mul", "multiply", "rmul"}
 class Call:
     """One call of a layer or activation: who ran, on what, and where the output flows."""
 
-    kind: str  # "kernel", "norm" or "activation", or "dropout" for one that is a function
+    kind: str  # "kernel", "norm" or "activation", or "dropout", which passes on what comes to it
     name: str  # of the module, "" for a function
     module: nn.Module | None
     source: Any  # the first argument
     output: Tensor
+    function: str = ""  # the torch function, for an activation and a norm that is one
     feeds: list[Call] = field(default_factory=list)  # the calls that take this very output
     reaches: list[Call] = field(default_factory=list)  # those, and the next ones behind additions, pooling and the like
     gate: bool = False  # the output is multiplied into something of its size or larger
@@ -46,6 +48,18 @@ class Call:
     def reached(self, kind: str) -> list[Call]:
         """The next calls of one kind."""
         return [c for c in self.reaches if c.kind == kind]
+
+    def goes_on(self) -> bool:
+        """Whether a kernel layer comes behind."""
+        known = [self]
+        for call in known:  # grows as it is walked
+            known += [c for c in call.reaches if c not in known]
+        return any(c.kind == "kernel" for c in known[1:])
+
+
+def rate_of(args: Any, kwargs: Any) -> float:
+    """The rate that a dropout function is called with."""
+    return args[1] if len(args) > 1 else kwargs.get("p", 0.5)
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
@@ -92,7 +106,7 @@ def flow(model: nn.Module, example: Any) -> list[Call]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=sorted(cuda)))
         for name, module in model.named_modules():
-            hook = trace.on(name, _kind_of(module), leaf=not any(module.children()))
+            hook = trace.on(name, _kind_of(module), leaf=_leaf(module) and not isinstance(module, Noisy))
             if hook is not None:
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         stack.enter_context(trace)
@@ -112,9 +126,14 @@ def must_run(model: nn.Module, error: Exception) -> GoodfitError:
     )
 
 
+def _leaf(module: nn.Module) -> bool:
+    """Whether a module has no modules of its own; layers that we have hung there do not count."""
+    return all(isinstance(child, Noisy) for child in module.children())
+
+
 def _kind_of(module: nn.Module) -> str:
     """A layer that torch does not define is a kernel by a weight of two axes, and a norm by its class name."""
-    leaf = not any(module.children())
+    leaf = _leaf(module)
     if isinstance(module, (*NORMS, nn.LocalResponseNorm)) or (leaf and "norm" in type(module).__name__.lower()):
         return "norm"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -161,11 +180,20 @@ class _Trace(TorchFunctionMode):
             return _Origin(tensor, version)
         return known if known.version == version else _Origin(tensor, version, (), known.calls)
 
-    def note(self, kind: str, name: str, module: nn.Module | None, inputs: Any, origins: list[_Origin], output: Any) -> None:
+    def note(
+        self,
+        kind: str,
+        name: str,
+        module: nn.Module | None,
+        inputs: Any,
+        origins: list[_Origin],
+        output: Any,
+        function: str = "",
+    ) -> None:
         outputs = list(_tensors(output))
         if not outputs:
             return
-        call = Call(kind, name, module, next(iter(inputs), None), outputs[0])
+        call = Call(kind, name, module, next(iter(inputs), None), outputs[0], function)
         self.calls.append(call)
         for one in _distinct(c for origin in origins for c in origin.straight):
             one.feeds.append(call)
@@ -180,15 +208,17 @@ class _Trace(TorchFunctionMode):
         origins = [self.of(t) for t in _tensors(inputs)]
         output = func(*args, **kwargs)
         if name in _ACTIVATIONS or name in _NORMALIZERS:
-            self.note("activation" if name in _ACTIVATIONS else "norm", "", None, inputs, origins, output)
+            self.note("activation" if name in _ACTIVATIONS else "norm", "", None, inputs, origins, output, name)
             return output
         if name in _PRODUCTS and len(origins) == 2:
             for one, other in (origins, origins[::-1]):
                 for call in one.straight:
                     call.gate |= call.kind == "activation" and one.tensor.numel() <= other.tensor.numel()
-        if name in _DROPPERS and (args[1] if len(args) > 1 else kwargs.get("p", 0.5)) > 0:
-            self.calls.append(Call("dropout", "", None, args[0] if args else None, output))
         reached = tuple(_distinct(c for origin in origins for c in origin.calls))
+        if name in DROPPERS and rate_of(args, kwargs) > 0:
+            self.calls.append(Call("dropout", "", None, next(iter(inputs), None), output, name))
+            for before in reached:
+                before.reaches.append(self.calls[-1])
         untouched = {id(o.tensor) for o in origins if o.version == _version(o.tensor)}
         changed = output if output is not None else inputs[:1]  # x[i] = y returns nothing
         for t in _tensors(changed):

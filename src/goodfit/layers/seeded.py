@@ -1,0 +1,49 @@
+"""What all layers share that draw masks: a rate and a seed that no `state_dict` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from goodfit.noise import Clock, Noisy
+
+__all__ = ["Seeded"]
+
+
+class Seeded(Noisy, nn.Module):
+    """A layer with a rate p and a seed.
+
+    Both are non-persistent buffers, so the model's `state_dict` does not change; they stay on the CPU in full precision
+    wherever the model goes, since they are read as scalars. Under vmap they hold one value per member: so a layer reads the
+    rate as a tensor, and must be the identity where it is 0 without asking whether it is.
+    """
+
+    rate: Tensor
+
+    def __init__(self, name: str, p: float = 0.0) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("rate", torch.tensor(p, dtype=torch.float64), persistent=False)
+        self.register_buffer("seed", torch.tensor(0), persistent=False)
+        self.bind(name, 0, Clock())
+
+    @property
+    def p(self) -> float:
+        return float(self.rate)
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.rate.fill_(value)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:g}"
+
+    def dropped(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """x · mask / (1 − p), with a mask of a shape that broadcasts to that of `x`."""
+        keep = self.draw(shape, x.device) >= self.rate
+        return torch.where(keep, x * (1 / (1 - self.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return self

@@ -1,0 +1,21 @@
+"""What the root of a model remembers of its building: whose rate each layer has, and by which share."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["records", "remember"]
+
+
+def records(model: nn.Module) -> dict[str, dict[str, float]]:
+    """By regularizer, and by the name of the layer: its share of the regularizer's rate. A copied model takes it along."""
+    found: dict[str, dict[str, float]] = model.__dict__.setdefault("goodfit_rates", {})
+    return found
+
+
+def remember(model: nn.Module, key: str, shares: dict[str, float]) -> None:
+    """Let a regularizer move these rates from now on, and no other."""
+    for names in records(model).values():
+        for name in shares:
+            names.pop(name, None)
+    records(model)[key] = shares
