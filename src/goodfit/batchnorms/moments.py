@@ -19,6 +19,13 @@ class Moments:
         self.mean = torch.zeros(like.shape, dtype=torch.float64, device=like.device)
         self.squares = torch.zeros_like(self.mean)
 
+    def see(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Merge values with their channels on axis 1; their own mean and variance."""
+        var, mean = torch.var_mean(x.double(), [axis for axis in range(x.ndim) if axis != 1], correction=0)
+        count = x.numel() // x.shape[1]
+        self.add(count, mean, var * count)
+        return mean, var
+
     def add(self, count: float, mean: Tensor, squares: Tensor) -> None:
         """Merge another set of values."""
         total = self.count + count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from goodfit.batchnorms.watch import Norm, Watch
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.surgery.trace import call_model, evaluating, must_run
 
-__all__ = ["recalibrate", "recalibrate_only", "to_recalibrate"]
+__all__ = ["recalibrate", "to_recalibrate"]
 
 
 def recalibrate(
@@ -68,12 +68,6 @@ def recalibrate(
     model = _unwrapped(model)
     left = [m for m in model.modules() if is_frozen(m)]
     return _Recalibration(model, left, keep_function).run(batches, samples, exact and not keep_function)
-
-
-def recalibrate_only(model: nn.Module, norms: Collection[nn.Module], example: Any) -> None:
-    """Statistics of one example for some norms alone; γ and β change so that eval mode says what it said."""
-    left = [m for m in model.modules() if owns_statistics(m) and m not in norms]
-    _Recalibration(model, left, still=True).run([(example, None)], None, exact=False)
 
 
 def to_recalibrate(model: nn.Module) -> bool:

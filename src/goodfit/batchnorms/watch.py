@@ -147,9 +147,7 @@ class Watch(TorchFunctionMode):
     def _seen(self, norm: Norm, input: Tensor) -> tuple[Tensor, Tensor]:
         norm.waits |= self.depends.on(input)
         norm.calls += 1
-        count = input.numel() // input.shape[1]
-        var, mean = torch.var_mean(input.double(), [axis for axis in range(input.ndim) if axis != 1], correction=0)
-        norm.moments.add(count, mean, var * count)
+        mean, var = norm.moments.see(input)
         return (norm.mean, norm.var) if self.still else (mean.to(norm.mean.dtype), var.to(norm.var.dtype))
 
 
