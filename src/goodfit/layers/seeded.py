@@ -42,8 +42,11 @@ class Seeded(Noisy, nn.Module):
 
     def dropped(self, x: Tensor, shape: torch.Size) -> Tensor:
         """x · mask / (1 − p), with a mask of a shape that broadcasts to that of `x`."""
-        keep = self.draw(shape, x.device) >= self.rate
-        return torch.where(keep, x * (1 / (1 - self.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+        return self.scaled(x, self.draw(shape, x.device))
+
+    def scaled(self, x: Tensor, noise: Tensor) -> Tensor:
+        """The same, with the noise at hand."""
+        return torch.where(noise >= self.rate, x * (1 / (1 - self.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return self

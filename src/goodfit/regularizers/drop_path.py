@@ -14,7 +14,7 @@ from goodfit.layers.path import SeededDropPath
 from goodfit.phases import Build
 from goodfit.surgery.depth import Branch, branches, rate_name
 from goodfit.surgery.insert import insert_after, refuse_wrappers
-from goodfit.surgery.records import remember, records
+from goodfit.surgery.records import records, remember
 from goodfit.surgery.rows import row_axes
 from goodfit.where import Where, everything
 

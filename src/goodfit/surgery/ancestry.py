@@ -25,7 +25,8 @@ _LAYERS |= {"gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell",
 _SOFTMAX = {"log_softmax", "softmax", "softmin"}
 _PARTS = {"chunk", "getitem", "index_select", "narrow", "select", "split", "split_with_sizes", "tensor_split", "unbind"}
 _JOINS = {"cat", "concat", "concatenate", "stack"}
-_SCALES = {"div", "idiv", "imul", "itruediv", "mul", "multiply", "rmul", "truediv"}
+_PRODUCTS = {"imul", "mul", "multiply", "rmul"}
+_QUOTIENTS = {"div", "divide", "idiv", "itruediv", "truediv"}
 _REARRANGES = {"bfloat16", "clone", "contiguous", "double", "flatten", "flip", "float", "getitem", "half", "movedim", "narrow"}
 _REARRANGES |= {"permute", "reshape", "roll", "squeeze", "swapaxes", "to", "transpose", "type", "type_as"}
 _REARRANGES |= {"unflatten", "unsqueeze", "view", "view_as"}
@@ -48,6 +49,13 @@ class Value:
     uses: int = 0
     logits: bool = False  # a softmax takes it
     straight: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # who returned it, and whether alone
+
+    def sources(self) -> Iterator[Value]:
+        """Itself, and those of which it is a scaled or rearranged copy."""
+        value: Value | None = self
+        while value is not None:
+            yield value
+            value = value.of
 
     def descends(self, other: Value) -> bool:
         """Whether it is computed from `other`."""
@@ -92,8 +100,8 @@ class Ancestry(TorchFunctionMode):
         made = [self._made(name, t, tuple(inputs)) for t in {id(t): t for t in changed}.values()]
         for value in inputs if made else ():
             value.uses += 1
-            while name in _SOFTMAX and value is not None:
-                value.logits, value = True, value.of
+            for source in value.sources() if name in _SOFTMAX else ():
+                source.logits = True
         operands = [v for v in inputs if _real(v.tensor)]
         if name in _ADDITIONS and len(operands) == 2 and len(made) == 1:
             self.additions.append((operands[0], operands[1], made[0]))
@@ -108,9 +116,8 @@ class Ancestry(TorchFunctionMode):
             made.layers = 1
         made.part = name in _PARTS and bool(inputs) and t.numel() < max(v.tensor.numel() for v in inputs)
         made.joined = name in _JOINS
-        if len(live) == 1 and (name in _REARRANGES or (name in _SCALES and live[0] is inputs[0])):
-            made.of = live[0]
-        elif len(live) == 1 and name in _SCALES - {"div", "truediv", "itruediv", "idiv"}:
+        divided = name in _QUOTIENTS and inputs and live and live[0] is inputs[0]
+        if len(live) == 1 and (name in _REARRANGES or name in _PRODUCTS or divided):
             made.of = live[0]
         return made
 
@@ -171,7 +178,8 @@ def _version(t: Tensor) -> int:
 
 def bits(mask: int) -> Iterator[int]:
     """Positions of the ones."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+    text = bin(mask)[:1:-1]
+    at = text.find("1")
+    while at >= 0:
+        yield at
+        at = text.find("1", at + 1)

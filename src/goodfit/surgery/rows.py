@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -30,11 +30,10 @@ def row_axes(model: nn.Module, example: Any, hosts: dict[str, nn.Module]) -> dic
     for axis in (0, 1):
         size = next((shape[axis] for shape in shapes if len(shape) > axis), 0)
         repeated = _mapped(example, partial(_along, axis=axis, size=size, index=[0] * (size + 1)))
-        try:
+        after: dict[str, list[Tensor]] = {}
+        with suppress(Exception):  # the model may not take so many
             after = _outputs(model, repeated, hosts)
-        except Exception:  # the model does not take so many
-            continue
-        told = {name: _axis(before[name], after[name], size) for name in hosts}
+        told = {name: _axis(before[name], after.get(name, []), size) for name in hosts}
         found = {name: axis for name, axis in told.items() if axis is not None}
         if found:
             return found

@@ -1,0 +1,192 @@
+"""Where a model attends, and hooks that set the dropout of attention that is a function.
+
+`F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)` drops in eval too, unless its caller says otherwise (pytorch#124464):
+a module whose code calls it gets hooks, between which a function mode hands the rate over, 0 in eval. The same holds for
+`F.dropout` on the output of a softmax.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+from goodfit.errors import GoodfitError
+from goodfit.layers.attention import AttentionRate
+from goodfit.surgery.ancestry import function_name
+from goodfit.surgery.proof import quiet
+from goodfit.surgery.trace import _tensors as tensors_in, call_model, must_run
+
+__all__ = ["Attending", "attending", "hang_rate"]
+
+_KEEPS = {"bfloat16", "clone", "contiguous", "double", "float", "half", "to", "type", "type_as", "view", "reshape"}
+_PRODUCTS = {"baddbmm", "bmm", "einsum", "matmul", "rmatmul"}
+
+
+@dataclass
+class Attending:
+    """What attends in one run: torch's attention modules, dropout layers behind a softmax, modules whose code calls the
+    functions, and those that multiply by a softmax without dropout."""
+
+    numbers: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+    callers: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
+
+
+class _Softmaxes:
+    """The outputs of softmax functions, as they are and in other types and shapes."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, Tensor] = {}
+
+    def note(self, name: str, args: Any, output: Any) -> None:
+        if name == "softmax" or (name in _KEEPS and self.has(args)):
+            self.known |= {id(t): t for t in tensors_in(output)}
+
+    def has(self, args: Any) -> bool:
+        """Whether a function is called on one."""
+        return bool(args) and id(args[0]) in self.known
+
+    def among(self, args: Any) -> bool:
+        """Whether a function gets one."""
+        return any(id(t) in self.known for t in tensors_in(args))
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Attending()
+        self.softmaxes, self.dropped = _Softmaxes(), _Softmaxes()
+        self.within: list[tuple[str, nn.Module | None]] = [("", None)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output, name, where = func(*args, **(kwargs or {})), function_name(func), self.within[-1]
+        given = args or tuple((kwargs or {}).values())
+        if name == "scaled_dot_product_attention":
+            self.found.callers.append(where[0])
+        elif name == "dropout" and self.softmaxes.has(given):
+            self.dropped.known |= {id(t): t for t in tensors_in(output)}
+            if not isinstance(where[1], _DropoutNd):
+                self.found.callers.append(where[0])
+        elif name in _PRODUCTS and self.softmaxes.among(given) and not self.dropped.among(given):
+            self.found.without.append(where[0])
+        self.softmaxes.note(name, given, output)
+        self.dropped.note(name if name in _KEEPS else "", given, output)
+        return output
+
+    def entering(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.within.append((name, module))
+            if isinstance(module, nn.MultiheadAttention):
+                self.found.numbers.append(name)
+            given = args or tuple(kwargs.values())
+            if isinstance(module, _DropoutNd) and self.softmaxes.has(given):
+                self.found.layers.append(name)
+                self.dropped.known[id(given[0])] = given[0]
+
+        return hook
+
+    def leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.within.pop()
+
+
+def attending(model: nn.Module, example: Any) -> Attending:
+    """Run the example once in eval mode and see what attends; the model stays as it is."""
+    watch = _Watch()
+    with ExitStack() as stack:
+        stack.enter_context(quiet(model))
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(watch.entering(name), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(watch.leaving, always_call=True).remove)
+        stack.enter_context(watch)
+        try:
+            call_model(model, example)
+        except GoodfitError:
+            raise
+        except Exception as error:
+            raise must_run(model, error) from error
+    found = watch.found
+    return Attending(*(list(dict.fromkeys(names)) for names in (found.numbers, found.layers, found.callers, found.without)))
+
+
+def hang_rate(model: nn.Module, path: str) -> str:
+    """Hang a rate at a module whose code attends by functions; its name, which stays where it is there already."""
+    host = model.get_submodule(path)
+    for child, layer in host.named_children():
+        if isinstance(layer, AttentionRate):
+            return f"{path}.{child}".lstrip(".")
+    child = "inserted_attention_dropout" if hasattr(host, "attention_dropout") else "attention_dropout"
+    name = f"{path}.{child}".lstrip(".")
+    host.add_module(child, AttentionRate(name).train(host.training))
+    host.register_forward_pre_hook(_Enter(child))
+    host.register_forward_hook(_Leave(child), always_call=True)
+    return name
+
+
+class _Running(threading.local):
+    """The modes that hooks of one thread have entered, the innermost last."""
+
+    def __init__(self) -> None:
+        self.entered: list[tuple[_Rate, ExitStack]] = []
+
+
+_running = _Running()
+
+
+class _Enter:
+    """A hook that knows its rate by name only: a copied or unpickled host then reads its own copy."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, host: nn.Module, args: Any) -> None:
+        mode, stack = _Rate(host.get_submodule(self.name)), ExitStack()
+        stack.enter_context(mode)
+        _running.entered.append((mode, stack))
+
+
+class _Leave:
+    """The hook at the end of the host's code, also where it fails."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, host: nn.Module, args: Any, output: Any) -> None:
+        # else the host failed before it was entered
+        if _running.entered and _running.entered[-1][0].layer is host.get_submodule(self.name):
+            _running.entered.pop()[1].close()
+
+
+class _Rate(TorchFunctionMode):
+    """Hands a rate to the functions that drop attention. Only the innermost host decides."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer: AttentionRate = layer
+        self.softmaxes = _Softmaxes()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), function_name(func)
+        given = args or tuple(kwargs.values())
+        if _running.entered and _running.entered[-1][0] is not self:
+            return func(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            args, kwargs = _with(args, kwargs, 4, "dropout_p", self.layer.now)
+        elif name == "dropout" and self.softmaxes.has(given):
+            args, kwargs = _with(args, kwargs, 1, "p", self.layer.now)
+            args, kwargs = _with(args, kwargs, 2, "training" if "train" not in kwargs else "train", self.layer.training)
+        output = func(*args, **kwargs)
+        self.softmaxes.note(name, given, output)
+        return output
+
+
+def _with(args: Any, kwargs: dict[str, Any], place: int, name: str, value: Any) -> tuple[Any, dict[str, Any]]:
+    if len(args) > place:
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: value}
