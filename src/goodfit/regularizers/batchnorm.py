@@ -130,8 +130,8 @@ def _calibrate(model: nn.Module, hosts: list[nn.Module], layers: list[_BatchNorm
         layer.bias.copy_(layer.running_mean)
         if not all(bool(t.isfinite().all()) for t in (layer.running_mean, layer.running_var)):
             raise GoodfitError(
-                f"BatchNorm cannot calibrate on what {type(model).__name__} makes of the example: NaN, inf or numbers too large "
-                f"for {layer.weight.dtype}; give another example."
+                f"BatchNorm cannot calibrate on what {type(model).__name__} makes of the example: NaN, inf or numbers "
+                f"too large for {layer.weight.dtype}; give another example."
             )
 
 
