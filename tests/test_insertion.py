@@ -146,7 +146,7 @@ PLACES: dict[str, tuple[Any, Any, list[str] | None, list[str] | None]] = {
     "two heads": (Net(heads, **HEADS), ROWS, ["b", "c"], ["a"]),
     "residual, one shared activation": (Net(residual, **SHARED_ACT), IMAGES, ["act"], ["a"]),
     "u-net": (Net(unet, **UNET, c=nn.Conv2d(8, 1, 1)), IMAGES, ["b", "up", "c"], ["a", "b", "up"]),
-    "squeeze and excite": (Net(squeeze, **SQUEEZE), IMAGES, ["r", "g"], ["a", "f", "g"]),
+    "squeeze and excite": (Net(squeeze, **SQUEEZE), IMAGES, ["r", "g"], ["a"]),
     "gated": (Net(lambda m, x: m.c(m.act(m.a(x)) * m.b(x)), **GLU), ROWS, ["c"], ["a"]),
     "own swish": (Net(lambda m, x: m.b(torch.sigmoid(h := m.a(x)) * h), **lin(6, 8, 1)), ROWS, ["b"], ["a"]),
     "lstm head": (Net(lambda m, x: m.b(F.relu(m.a(m.l(x)[0][:, -1]))), **LSTM), SERIES, ["b"], ["a"]),

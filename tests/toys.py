@@ -106,6 +106,8 @@ class Mean(Step, Finish):
     True
     """
 
+    averages: ClassVar[bool] = True
+
     share: float = hyper(0.1, valid="[0, 1]", off=0.0, low=1e-3, high=1.0, log=True)
 
     def init(self, weights: Any, buffers: Any) -> dict[str, Tensor]:

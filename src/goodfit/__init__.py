@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         surgery as surgery,
         where as where,
     )
+    from goodfit.batchnorms.freeze import freeze_batchnorm as freeze_batchnorm, thaw_batchnorm as thaw_batchnorm
+    from goodfit.batchnorms.recalibrate import recalibrate as recalibrate
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.explanation import Explanation as Explanation, explain as explain
@@ -61,9 +63,12 @@ _NAMES = {
     "Run": "run",
     "explain": "explanation",
     "fit": "fitting",
+    "freeze_batchnorm": "batchnorms.freeze",
     "parse": "cocktail",
     "path": "paths.path",
+    "recalibrate": "batchnorms.recalibrate",
     "shrink": "surgery.shrink",
+    "thaw_batchnorm": "batchnorms.freeze",
 }
 
 

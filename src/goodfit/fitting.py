@@ -89,7 +89,7 @@ def fit(
         chosen = optimizer_for(optimizer, model)
         with training_mode(model), Progress(epochs, "fit", progress) as bar:
             history, why = train_epochs(run, chosen, training, validation, measure, prepare, epochs, bar)
-        run.finish()
+        run.finish(training)
         score = evaluate(model, validation, measure)
     if not math.isfinite(score):
         raise GoodfitError(

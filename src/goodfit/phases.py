@@ -207,6 +207,9 @@ class Epoch(Regularizer):
 class Finish(Regularizer):
     """Weights and buffers → weights and buffers, at the end; pure, may be asked at any epoch."""
 
+    averages: ClassVar[bool] = False
+    """Whether the weights are ones that no training step has run on, so that batch norms need new statistics."""
+
     @abstractmethod
     def finish(self, weights: Weights, buffers: Weights, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights and buffers to return."""

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goodfit.batchnorms.recalibrate import recalibrate, to_recalibrate
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
-from goodfit.phases import Build, State
-from goodfit.tensors import tensors_of
+from goodfit.phases import Build, Finish, State
+from goodfit.tensors import load_tensors, tensors_of
 
 __all__ = ["Plan", "rank", "world"]
 
@@ -89,6 +90,30 @@ class Plan:
                 )
             self.active[key] = one.on(self.model)
             self.states[key] = one.init({n: weights[n] for n in self.chosen[key]}, buffers)
+
+    def finish(self, batches: Any) -> None:
+        """Finish regularizers on the model's weights and buffers, in place; where the last that changed weights has averaged
+        them, the batch norms get their statistics from `batches`."""
+        weights, buffers = tensors_of(self.model)
+        now, averager = {**weights, **buffers}, None
+        for key, one in self.of(Finish):
+            before = weights
+            weights, buffers = one.finish(weights, buffers, self.states[key])
+            if not all(torch.equal(w, before[name]) for name, w in weights.items()):
+                averager = one if one.averages else None
+        renew = averager is not None and to_recalibrate(self.model)
+        if renew and batches is None:
+            raise GoodfitError(
+                f"{averager} averages weights, for which batch norms need other statistics: run.finish(batches=train_loader)."
+            )
+        now = {name: t.clone() for name, t in now.items()} if renew else {}
+        load_tensors(self.model, weights, buffers)
+        try:
+            if renew:
+                recalibrate(self.model, batches)
+        except BaseException:
+            load_tensors(self.model, now, {})
+            raise
 
     def tick(self) -> None:
         """One optimizer step is complete."""

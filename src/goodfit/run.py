@@ -26,10 +26,10 @@ from goodfit.errors import GoodfitError
 from goodfit.hooks import hook, unwrapped
 from goodfit.losses import loss_of
 from goodfit.noise import Noise
-from goodfit.phases import Batch, Build, Epoch, Finish, Gradient, Loss, Penalty, Regularizer, Report, State, Step
+from goodfit.phases import Batch, Build, Epoch, Gradient, Loss, Penalty, Regularizer, Report, State, Step
 from goodfit.plan import Plan, rank, world
 from goodfit.surgery.trace import call_model
-from goodfit.tensors import load_tensors, tensors_of
+from goodfit.tensors import tensors_of
 
 __all__ = ["Run"]
 
@@ -132,16 +132,16 @@ class Run:
                 self.stopped = one.reason(self._plan.states[key])
         return not self.stopped
 
-    def finish(self) -> nn.Module:
-        """The model to keep: Finish regularizers on its weights and buffers, in place."""
+    def finish(self, batches: Any = None) -> nn.Module:
+        """The model to keep: Finish regularizers on its weights and buffers, in place.
+
+        batches: the training data, from which batch norms get their statistics where weights are averaged.
+        """
         deaf = [type(r).__name__ for _, r in self._plan.of(Epoch)]
         if deaf and not self._heard:
             raise GoodfitError(f"{deaf[0]} has heard no score; call run.epoch(score) after each validation.")
         self._refuse_standstill()
-        weights, buffers = tensors_of(self.model)
-        for key, one in self._plan.of(Finish):
-            weights, buffers = one.finish(weights, buffers, self._plan.states[key])
-        load_tensors(self.model, weights, buffers)
+        self._plan.finish(batches)
         return self.model
 
     def attach(self, *optimizers: Optimizer) -> Run:

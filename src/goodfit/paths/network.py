@@ -97,7 +97,7 @@ class Ascent:
                 train_epoch(run, optimizer, self.batches, prepare)
                 if not run.epoch(self._objective(run, penalised)):
                     break
-        run.finish()
+        run.finish(self.batches)
 
     def _objective(self, run: Run, penalised: bool) -> float:
         score = evaluate(run.model, self.held, self.problem.measure)

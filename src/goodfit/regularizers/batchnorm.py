@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.batchnorms.moments import Moments
+from goodfit.errors import GoodfitError, nearest
 from goodfit.hyper import hyper
 from goodfit.phases import Build
 from goodfit.surgery.insert import has_inserted, insert_after, refuse_wrappers
-from goodfit.surgery.trace import Call, flow
+from goodfit.surgery.norm_places import Place, norm_places
+from goodfit.surgery.proof import quiet
+from goodfit.surgery.trace import call_model
 
 __all__ = ["BatchNorm"]
 
-_BY_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_BY_RANK: dict[int, type[_BatchNorm]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,19 @@ class BatchNorm(Build):
         eval: running ← (1 − momentum) · running + momentum · batch.
     Phase: Build, true structure. The layer is torch's BatchNorm1d, 2d or 3d by the rank of what flows there: (N, C),
         (N, C, L), (N, C, H, W), (N, C, D, H, W). It is inserted where a layer's output goes straight into an activation,
-        not where a norm stands before or behind that activation already, not after the last layer.
-    Numbers: momentum, share of the new batch, in [0, 1]; eps, variance units, > 0; affine, whether γ and β are learned;
-        track_running_stats, else eval normalizes by its batch too. No off value: a norm is there or not.
-    Errors: numbers outside their range; a model without a place for it; a bare leaf, a DDP or compiled wrapper. A linear
-        layer on (N, L, C) has its features last and is left out, with a warning.
-    Source: Ioffe and Szegedy 2015, Batch normalization, arXiv 1502.03167.
+        not where a norm stands before or behind that activation already, not in a squeeze-excite gate, not after the last
+        layer.
+    Numbers: momentum, share of the new batch, in [0, 1]; eps, variance units, > 0; gamma >= 0 and beta, where γ and β start;
+        affine, whether they are learned; track_running_stats, else eval normalizes by its batch too. calibrate="identity"
+        takes running statistics, γ and β from the example so that eval mode says what it said before. zero_residual also
+        puts a norm at the end of each residual branch, with γ = 0 there. No off value: a norm is there or not.
+    Errors: numbers outside their range, and starts of γ that contradict each other; a model without a place for it; a bare
+        leaf, a DDP or compiled wrapper. A linear layer on (N, L, C) has its features last and is left out, with a warning.
+    Source: Ioffe and Szegedy 2015, Batch normalization, arXiv 1502.03167; zero_residual: Goyal et al. 2017, Accurate, large
+        minibatch SGD, arXiv 1706.02677.
+
+    The bias of a layer before a norm is redundant, since training subtracts it again: it keeps its value, so that weights load
+    both ways, and is no longer trained (requires_grad).
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> norm = BatchNorm(momentum=0.2).build(model, torch.zeros(2, 4))[0].batchnorm
@@ -45,64 +56,87 @@ class BatchNorm(Build):
     eps: float = hyper(1e-5, valid="(0, inf)", low=1e-6, high=1e-2, log=True, fixed=True)
     affine: bool = True
     track_running_stats: bool = True
+    gamma: float = hyper(1.0, valid="[0, inf)", low=0.1, high=2.0, log=True, fixed=True)
+    beta: float = hyper(0.0, valid="(-inf, inf)", low=-1.0, high=1.0, fixed=True)
+    calibrate: str = ""
+    zero_residual: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibrate not in ("", "identity"):
+            hint = nearest(str(self.calibrate), ["identity"])
+            raise GoodfitError(f"BatchNorm.calibrate must be 'identity' or '', got calibrate={self.calibrate!r}; {hint}")
+        starts = self.gamma != 1 or self.beta != 0 or self.zero_residual
+        if not self.affine and (starts or self.calibrate):
+            raise GoodfitError(f"{self} says how γ and β start, but affine=False leaves them out: say affine=True.")
+        if self.calibrate and (starts or not self.track_running_stats):
+            raise GoodfitError(
+                f"{self} cannot keep the function of a model: calibrate='identity' chooses γ, β and statistics itself; leave "
+                "gamma, beta, zero_residual and track_running_stats out."
+            )
 
     def build(self, model: nn.Module, example: Any) -> nn.Module:
         refuse_wrappers(model, "BatchNorm")
         if has_inserted(model, "batchnorm"):  # a model that is trained further
             return model
-        layers = [(host, self._layer(host, output)) for host, output in _places(flow(model, example))]
-        if not layers:
+        places = norm_places(model, example, at_branch_ends=self.zero_residual)
+        kind = type(model).__name__
+        if not places:
             raise GoodfitError(
-                f"BatchNorm found no linear or convolution in {type(model).__name__} whose output goes straight into an "
+                f"BatchNorm found no linear or convolution in {kind} whose output goes straight into an "
                 "activation, with another layer behind it and no norm; leave BatchNorm out of the cocktail."
             )
-        for host, layer in layers:
-            insert_after(host, "batchnorm", layer)
+        if self.zero_residual and not any(place.ends_branch for place in places):
+            raise GoodfitError(f"BatchNorm found no residual branch in {kind} that ends in a layer: leave zero_residual out.")
+        layers = [self._layer(place) for place in places]
+        if self.calibrate:
+            _calibrate(model, [place.host for place in places], layers, example)
+        for place, layer in zip(places, layers, strict=True):
+            insert_after(place.host, "batchnorm", layer)
+            _rest_bias(model, place.host)
         return model
 
-    def _layer(self, host: nn.Module, output: Tensor) -> nn.Module:
-        weight = next(host.parameters())
-        layer = _BY_RANK[output.ndim](
-            output.shape[1],
+    def _layer(self, place: Place) -> _BatchNorm:
+        weight = next(place.host.parameters())
+        layer = _BY_RANK[place.output.ndim](
+            place.output.shape[1],
             eps=self.eps,
             momentum=self.momentum,
             affine=self.affine,
             track_running_stats=self.track_running_stats,
         )
+        if self.affine:
+            nn.init.constant_(layer.weight, 0.0 if self.zero_residual and place.ends_branch else self.gamma)
+            nn.init.constant_(layer.bias, self.beta)
         return layer.to(device=weight.device, dtype=weight.dtype)
 
 
-def _places(calls: list[Call]) -> list[tuple[nn.Module, Tensor]]:
-    """Layers whose every use goes straight into an activation, with their output, its channels on axis 1."""
-    uses: dict[str, list[Call]] = {}
-    for call in calls:
-        if isinstance(call.module, nn.Linear | nn.Bilinear | _ConvNd):
-            uses.setdefault(call.name, []).append(call)
-    places = []
-    for name, used in uses.items():
-        module, shape = used[0].module, used[0].output.shape
-        if module is None or not all(_reaches_activation(c) for c in used):
-            continue
-        rank = len(module.kernel_size) + 2 if isinstance(module, _ConvNd) else 2
-        if any(c.output.ndim != rank for c in used):
-            warnings.warn(
-                f"BatchNorm leaves out {name}: its output of shape {tuple(shape)} is not a batch with channels on axis 1.",
-                GoodfitWarning,
-                stacklevel=4,
+@torch.no_grad()
+def _calibrate(model: nn.Module, hosts: list[nn.Module], layers: list[_BatchNorm], example: Any) -> None:
+    """Statistics of what the hosts return for the example, and the γ and β that undo them."""
+    found = [Moments(layer.running_mean) for layer in layers]  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        stack.enter_context(quiet(model))
+        for host, moments in zip(hosts, found, strict=True):
+            hook = host.register_forward_hook(lambda host, args, output, moments=moments: moments.see(output) and None)
+            stack.callback(hook.remove)
+        call_model(model, example)
+    for layer, moments in zip(layers, found, strict=True):
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        layer.running_mean.copy_(moments.mean)
+        layer.running_var.copy_(moments.var)
+        layer.weight.copy_((layer.running_var.double() + layer.eps).sqrt())
+        layer.bias.copy_(layer.running_mean)
+        if not all(bool(t.isfinite().all()) for t in (layer.running_mean, layer.running_var)):
+            raise GoodfitError(
+                f"BatchNorm cannot calibrate on what {type(model).__name__} makes of the example: NaN, inf or numbers "
+                f"too large for {layer.weight.dtype}; give another example."
             )
-        else:
-            places.append((module, used[0].output))
-    return places
 
 
-def _reaches_activation(call: Call) -> bool:
-    """Whether the output goes straight into an activation that is not the last thing, and into no norm before or after."""
-    activations = [c for c in call.feeds if c.kind == "activation"]
-    normalized = any(c.kind == "norm" for a in activations for c in (*call.feeds, *a.feeds))
-    return not normalized and any(_goes_on(a, set()) for a in activations)
-
-
-def _goes_on(call: Call, seen: set[int]) -> bool:
-    """Whether a kernel layer comes behind."""
-    seen.add(id(call))
-    return any(c.kind == "kernel" or (id(c) not in seen and _goes_on(c, seen)) for c in call.reaches)
+def _rest_bias(model: nn.Module, host: nn.Module) -> None:
+    """A bias that a norm subtracts again is not trained, unless another layer has it too."""
+    bias = host._parameters.get("bias")
+    if bias is not None and sum(bias is p for m in model.modules() for p in m.parameters(recurse=False)) == 1:
+        bias.requires_grad_(False)

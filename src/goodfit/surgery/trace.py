@@ -44,6 +44,7 @@ class Call:
     feeds: list[Call] = field(default_factory=list)  # the calls that take this very output
     reaches: list[Call] = field(default_factory=list)  # those, and the next ones behind additions, pooling and the like
     gate: bool = False  # the output is multiplied into something of its size or larger
+    scales: bool = False  # the output, reshaped or expanded, is multiplied into something larger
 
     def reached(self, kind: str) -> list[Call]:
         """The next calls of one kind."""
@@ -215,8 +216,10 @@ class _Trace(TorchFunctionMode):
             return output
         if name in _PRODUCTS and len(origins) == 2:
             for one, other in (origins, origins[::-1]):
-                for call in one.straight:
-                    call.gate |= call.kind == "activation" and one.tensor.numel() <= other.tensor.numel()
+                for call in one.calls:
+                    acts = call.kind == "activation" and one.tensor.numel() <= other.tensor.numel()
+                    call.gate |= acts and call in one.straight
+                    call.scales |= acts and call.output.numel() < other.tensor.numel()
         reached = tuple(_distinct(c for origin in origins for c in origin.calls))
         if name in DROPPERS and rate_of(args, kwargs) > 0:
             self.calls.append(Call("dropout", "", None, next(iter(inputs), None), output, name))
