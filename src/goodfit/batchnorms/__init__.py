@@ -1,0 +1,1 @@
+"""What the batch norms of a model need: new statistics, and to be held still."""

@@ -1,0 +1,1 @@
+"""Layers of ours: modules that draw masks which can be drawn again."""
