@@ -29,7 +29,9 @@ def joined(parts: Sequence[Any]) -> Any:
         shapes = {(tuple(part.shape[1:]), part.dtype) for part in parts}
         if len(shapes) == 1:
             return torch.cat(list(parts))
-        raise GoodfitError(f"Rows can be joined where they are of one shape, got {' and '.join(map(str, sorted(map(str, shapes))))}.")
+        raise GoodfitError(
+            f"Rows can be joined where they are of one shape, got {' and '.join(map(str, sorted(map(str, shapes))))}."
+        )
     if len(kinds) == 1 and isinstance(first, Mapping) and all(part.keys() == first.keys() for part in parts):
         return {key: joined([part[key] for part in parts]) for key in first}
     if len(kinds) == 1 and isinstance(first, tuple | list):

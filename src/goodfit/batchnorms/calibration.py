@@ -42,7 +42,9 @@ def _input(batch: Any, who: str) -> Any:
     if isinstance(batch, tuple | list):
         if not 1 <= len(batch) <= 2:
             kind = f"{type(batch).__name__} of {len(batch)}"
-            raise GoodfitError(f"{who} takes batches x, (x, y) or dicts of keywords, got a {kind}; several inputs: ((a, b), y).")
+            raise GoodfitError(
+                f"{who} takes batches x, (x, y) or dicts of keywords, got a {kind}; several inputs: ((a, b), y)."
+            )
         batch = batch[0]
     if isinstance(batch, Mapping):
         return dict(batch)

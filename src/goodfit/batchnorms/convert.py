@@ -41,7 +41,9 @@ class Converted:
         width = max((len(name) for name, _, _ in self.layers), default=0)
         grouped = self.error is not None
         told = [("not reached" if e is None else f"error {e:.1%}") if grouped else "" for _, _, e in self.layers]
-        lines = [f"{name or 'the model':{width}}  {now}  {e}".rstrip() for (name, now, _), e in zip(self.layers, told, strict=True)]
+        lines = [
+            f"{name or 'the model':{width}}  {now}  {e}".rstrip() for (name, now, _), e in zip(self.layers, told, strict=True)
+        ]
         lines += [f"{name}: left as it is" for name in self.left]
         lines += [f"error of the outputs, to be trained away: {self.error:.1%}"] if self.error is not None else []
         return "\n".join(lines or ["nothing to convert"])

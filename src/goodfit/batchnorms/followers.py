@@ -31,7 +31,9 @@ def batch_normalized(norm: _BatchNorm, x: Tensor) -> Tensor:
 def followers_of(name: str, norm: _BatchNorm) -> tuple[str, ...]:
     """The children that a batch norm hands its output to; refuses one that does something else."""
     if any(is_lazy(t) for t in (*norm.parameters(False), *norm.buffers(False))):
-        raise GoodfitError(f"convert_batchnorm needs norms that are there, but {name!r} is lazy: run the model on a batch once.")
+        raise GoodfitError(
+            f"convert_batchnorm needs norms that are there, but {name!r} is lazy: run the model on a batch once."
+        )
     if is_parametrized(norm) or "forward" in vars(norm):
         how = "is parametrized" if is_parametrized(norm) else "has a forward of its own"
         raise GoodfitError(f"convert_batchnorm keeps what a norm does, but {name!r} {how}: take that off first.")
