@@ -34,7 +34,7 @@ class _Watch:
     def __init__(self, plan: Plan, name: str, norm: _BatchNorm) -> None:
         self.name, self.norm = name, norm
         self.step, self.count = -1, torch.empty(0)
-        self.handle = norm.weight.register_hook(self)
+        self.handle = norm.weight.register_hook(self)  # type: ignore[no-untyped-call]
         self.plan = weakref.ref(plan, lambda _: self.handle.remove())
 
     def __call__(self, grad: Tensor) -> None:

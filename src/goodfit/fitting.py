@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
-from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.batchnorms.present import by_batch
+from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.data import batches_of, peek, to_device
 from goodfit.errors import GoodfitError
 from goodfit.hooks import lacking

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from goodfit.errors import GoodfitError
-from goodfit.rows import joined, rows_of
+from goodfit.rows import rows_of
 
 __all__ = ["device_of", "inputs"]
 

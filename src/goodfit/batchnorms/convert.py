@@ -61,15 +61,15 @@ def convert_batchnorm(
     """Turn all batch norms of a model into synchronized, ghost or group norms, in place, without renaming anything.
 
     Formula:  "sync": torch's SyncBatchNorm, statistics over all processes. "ghost": in training, statistics of each `size`
-              consecutive rows; eval is a batch norm's. "group": per row, y = γ · (x − mean) / √(var + eps) + β over groups of
-              channels, with the γ and β per channel that least squares find: min Σ (γz + β − t)², where z is what the groups
-              normalize, behind the norms before as converted, and t what the batch norm said in eval mode.
+              consecutive rows of what the norm gets; eval is a batch norm's. "group": per row, y = γ · (x − mean) / √(var + eps)
+              + β over groups of channels, with the γ and β per channel that least squares find: min Σ (γz + β − t)², where z is
+              what the groups normalize, behind the norms before as converted, and t what the batch norm said in eval mode.
     Shapes:   unchanged. Modules stay the same objects of another class: modes, hooks, sharing, frozen parameters and what the
               optimizer knows stay. `state_dict` keys stay for "sync" and "ghost"; a group norm has no running statistics. A
               subclass that goes on to layers of its own, such as a norm with an activation in it, does so afterwards.
     Ranges:   batches, for "group" alone, is a DataLoader or list of x, (x, y) or dicts of keywords; about `samples` rows of it
               are held in memory. groups, >= 1, the most groups: a layer gets the largest divisor of its channels up to it that
-              leaves a group 8 values of a row. size, >= 2, rows.
+              leaves a group 8 values of a row; the fewer, the nearer the start. size, >= 2, rows.
     Errors:   GoodfitError, with the model untouched, for a model without batch norms; wrapped, compiled, scripted or lazy ones;
               a subclass that does something else; rows that depend on one another in eval mode; a norm with one value per row;
               SyncBatchNorm to "ghost". A module that keeps running statistics by itself is left, with a warning.
@@ -94,8 +94,8 @@ def convert_batchnorm(
     names, norms = _chosen(model, to)
     errors: dict[nn.Module, float | None] = {}
     error = None
-    if to == "group":
-        found, error = to_groupnorm(model, joined(inputs(model, batches or (), samples, "convert_batchnorm")), norms, groups)
+    if batches is not None:
+        found, error = to_groupnorm(model, joined(inputs(model, batches, samples, "convert_batchnorm")), norms, groups)
         errors = {one.norm: one.error for one in found}
     for norm, followers in norms.items():
         if to == "sync":

@@ -29,14 +29,15 @@ _LOOSE = 100  # other kernels may take over where there are twice as many rows; 
 class Start:
     """Where one group norm begins: γ and β per channel, by a regression of the batch norm's output on the groups'.
 
-    Stands in for the norm's forward, on twice the rows: the first half goes the way of the old model, the second that of the
-    new one, so that a norm is fitted to what it will get, with those before it converted. A norm that is called several
+    Stands in for the norm's forward, on twice the rows: the first half goes the way of the new model, the second that of the
+    old one, so that a norm is fitted to what it will get, with those before it converted. A norm that is called several
     times goes on with what all its calls so far say.
     """
 
     def __init__(self, norm: _BatchNorm, followers: tuple[str, ...], groups: int) -> None:
         self.norm, self.followers, self.most = norm, followers, groups
-        self.groups, self.error = _divisor(norm.num_features, groups, 1), None
+        self.groups = _divisor(norm.num_features, groups, 1)
+        self.error: float | None = None
         like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
         self.like = like.detach()
         self.weight = torch.ones_like(like, dtype=torch.float64) if norm.weight is None else norm.weight.detach().double()
@@ -44,14 +45,14 @@ class Start:
         self.count, self.sums = 0, [torch.zeros_like(self.weight) for _ in range(5)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        before, after = x.tensor_split(2)
+        after, before = x.tensor_split(2)
         if not self.count:
             self.groups = _divisor(x.shape[1], self.most, x[0, 0].numel())
         target = batch_normalized(self.norm, before)
         grouped = F.group_norm(after, self.groups, eps=self.norm.eps)
         self._fit(*(t if t.dtype == torch.float64 else t.float() for t in (grouped, target)))
-        shape = (-1, *[1] * (x.ndim - 2))
-        y = torch.cat([target, grouped * self.weight.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)])
+        weight, bias = (p.to(x.dtype).view(-1, *[1] * (x.ndim - 2)) for p in (self.weight, self.bias))
+        y = torch.cat([grouped * weight + bias, target])
         for name in self.followers:
             y = self.norm.get_submodule(name)(y)
         return y
@@ -83,7 +84,7 @@ class Start:
         channels = norm.num_features
         for name in ("num_features", "momentum", "track_running_stats"):
             del norm.__dict__[name]
-        norm.__class__ = FollowedGroupNorm if self.followers else nn.GroupNorm
+        norm.__class__ = FollowedGroupNorm if self.followers else nn.GroupNorm  # type: ignore[assignment]
         vars(norm).update(num_groups=self.groups, num_channels=channels, affine=True)
         if self.followers:
             vars(norm)["followers"] = self.followers
@@ -98,7 +99,7 @@ def starts(model: nn.Module, x: Any, norms: dict[_BatchNorm, tuple[str, ...]], g
             vars(one.norm)["forward"] = one
             stack.callback(vars(one.norm).pop, "forward")
         twice = list(tensors_in(call_model(model, _doubled(x, rows))))
-    halves = [t.tensor_split(2)[0] if t.ndim else t for t in twice]
+    halves = [t.tensor_split(2)[1] if t.ndim else t for t in twice]
     if largest_error(answers(model, x), halves)[0] > _LOOSE:
         raise GoodfitError(
             f"convert_batchnorm fits group norms on rows that do not depend on one another, but in {type(model).__name__} the "
@@ -134,7 +135,7 @@ def to_groupnorm(model: nn.Module, x: Any, norms: dict[_BatchNorm, tuple[str, ..
 
 def relative_error(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The root mean square of the differences, over that of the numbers before."""
-    pairs = [(a.double(), b.double()) for a, b in zip(before, after, strict=True) if a.is_floating_point()]
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(before, after, strict=True) if a.is_floating_point()]
     total = sum(float(a.square().sum()) for a, _ in pairs)
     return math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs) / total) if total else 0.0
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 __all__ = ["Followed", "FollowedGroupNorm", "FollowedSyncBatchNorm"]
 
-_Norm = nn.Module if TYPE_CHECKING else object
 
-
-class Followed(_Norm):
+class Followed(nn.Module):
     """Mixin for a norm that hands its output to children of its own, in order; a child inserted by a hook is none of them."""
 
     followers: tuple[str, ...] = ()

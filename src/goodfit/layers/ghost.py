@@ -18,12 +18,12 @@ class _Chunked(_BatchNorm):
     size: int = 32
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, size={self.size}"
+        return f"{super().extra_repr()}, size={self.size}"  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or len(x) <= self.size:
             return super().forward(x)
-        self._check_input_dim(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
         whole = len(x) // self.size
         if len(x) % self.size * x[0, 0].numel() == 1:  # one value per channel has no variance: its row joins a chunk
             whole -= 1
@@ -33,10 +33,10 @@ class _Chunked(_BatchNorm):
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             for i, running in enumerate((self.running_mean, self.running_var), start=1):
                 shares = [one[i] * (len(one[0]) / len(x)) for one in done]
-                running.lerp_(torch.stack(shares).sum(0).to(running.dtype), rate)
+                running.mul_(1 - rate).add_(torch.stack(shares).sum(0), alpha=rate)
         y = torch.cat([one[0] for one in done]) if len(done) > 1 else done[0][0]
-        layout = _LAYOUTS.get(x.ndim)
-        return y.contiguous(memory_format=layout) if layout and x.is_contiguous(memory_format=layout) else y
+        channels_last = x.ndim in _LAYOUTS and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
+        return y.contiguous(memory_format=_LAYOUTS[x.ndim]) if channels_last else y
 
     def _rate(self) -> float:
         """The share of this batch in the running statistics, counted as torch counts."""
@@ -47,13 +47,13 @@ class _Chunked(_BatchNorm):
         return self.momentum or 0.0
 
     def _normalized(self, x: Tensor, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Each of equally long chunks by its own statistics, and their mean over the chunks: one norm of chunks · C channels."""
+        """Each of some equally long chunks by its own statistics, and their mean: one norm of chunks · C channels."""
         like = x if self.running_mean is None else self.running_mean
         mean, var = (like.new_zeros(chunks * x.shape[1]) for _ in range(2))
         weight, bias = (None if p is None else p.repeat(chunks) for p in (self.weight, self.bias))
-        folded = x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
+        folded = torch.unflatten(x, 0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
         y = F.batch_norm(folded, mean, var, weight, bias, True, 1.0, self.eps)  # momentum 1: the statistics themselves
-        y = y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
+        y = torch.unflatten(y, 1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
         return y, mean.view(chunks, -1).mean(0), var.view(chunks, -1).mean(0)
 
 
