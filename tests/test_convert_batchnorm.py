@@ -115,7 +115,9 @@ def test_a_ghost_trains_by_chunks() -> None:
 @pytest.mark.parametrize("to", ["sync", "ghost", "group"])
 def test_what_a_module_has_stays(to: str) -> None:
     """Modes, hooks, names, frozen parameters, an optimizer's parameters, shared modules, and inserted layers."""
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()
+    )
     model.append(nn.Conv2d(16, 16, 1)).append(model[1]).append(nn.Flatten()).append(nn.Linear(16 * 36, 2))
     settled(model)
     gf.Dropout(0.3).build(model, IMAGES)
@@ -226,7 +228,9 @@ def test_a_later_norm_is_fitted_to_what_it_gets_behind_converted_ones() -> None:
     for name in ("first", "second"):
         seen: dict[str, Tensor] = {}
         for one, key in ((old, "t"), (slow, "z")):
-            handle = one.get_submodule(name).register_forward_hook(lambda m, a, y, k=key: seen.update({k: y if k == "t" else a[0]}))
+            handle = one.get_submodule(name).register_forward_hook(
+                lambda m, a, y, k=key, into=seen: into.update({k: y if k == "t" else a[0]})
+            )
             one(IMAGES)
             handle.remove()
         z, t = (v.transpose(0, 1).flatten(1) for v in (F.group_norm(seen["z"], 4, eps=1e-5), seen["t"]))
@@ -406,8 +410,6 @@ def dice() -> nn.Module:
 X = [IMAGES]
 
 
-
-
 REFUSED: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "no norm": (lambda: nn.Sequential(nn.Linear(2, 2)), "sync", None, {}, "found no batch norm in Sequential"),
     "no model": (lambda: "net", "sync", None, {}, "takes a torch.nn.Module and a target, got a str"),
@@ -430,7 +432,13 @@ REFUSED: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "mixing rows": (mixing, "group", X, {}, "rows that do not depend on one another"),
     "random": (dice, "group", X, {}, "from run to run"),
     "lazy": (lambda: nn.Sequential(nn.LazyBatchNorm2d()), "ghost", None, {}, "'0' is lazy"),
-    "ghost of sync": (lambda: nn.Sequential(nn.SyncBatchNorm(3)), "ghost", None, {}, "'0' is a SyncBatchNorm, whose statistics are those of more rows"),
+    "ghost of sync": (
+        lambda: nn.Sequential(nn.SyncBatchNorm(3)),
+        "ghost",
+        None,
+        {},
+        "'0' is a SyncBatchNorm, whose statistics are those of more rows",
+    ),
     "wrapped": (lambda: DataParallel(Residual()), "ghost", None, {}, "got a DataParallel"),
 }
 
@@ -454,7 +462,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(case: str) -> None:
 def test_compiled_and_scripted_models_are_refused_and_compiled_afterwards_right() -> None:
     with pytest.raises(GoodfitError, match="got a compiled"):
         convert_batchnorm(torch.compile(Residual(), backend="eager"), "ghost")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="jit"):
         scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
     for model, message in ((scripted, "got a RecursiveScriptModule"), (nn.Sequential(scripted), "the scripted 0")):
         with pytest.raises(GoodfitError, match=message):

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from goodfit.batchnorms.calibration import device_of, inputs
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
-from goodfit.surgery.trace import call_model, evaluating, must_run, training
+from goodfit.surgery.trace import call_model, evaluating, training
 
 __all__ = ["Shift", "VarianceShift", "variance_shift"]
 
@@ -91,7 +91,11 @@ def variance_shift(model: nn.Module, batches: Iterable[Any], *, samples: int = 1
         try:
             seen = [_variances(copied, xs, norms, mode) for mode in (training, evaluating)]
         except Exception as problem:
-            raise must_run(copied, problem) from problem
+            first = (str(problem).strip().splitlines() or [""])[0]
+            kind = type(copied).__name__
+            raise GoodfitError(
+                f"variance_shift runs {kind} on the batches in both modes, got {type(problem).__name__}: {first}"
+            ) from problem
     layers = [_shift(n, seen[0][n], seen[1][n], norms[n].running_var) for n in norms if n in seen[0] and n in seen[1]]
     return VarianceShift(tuple(layers))
 
