@@ -238,7 +238,8 @@ def test_a_last_batch_of_one_row_is_no_problem_for_a_batch_norm(rows: int, wrap:
     seen: list[Tensor] = []
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
     model.register_forward_pre_hook(lambda m, args: seen.append(args[0]) if m.training else None)
-    short(model, wrap(X[:rows], NUMBERS[:rows]), epochs=1)
+    with pytest.warns(gf.GoodfitWarning, match=f"train has {rows} rows in batches of 8: the last row joins the batch before"):
+        short(model, wrap(X[:rows], NUMBERS[:rows]), epochs=1)
     assert sorted(torch.cat(seen).tolist()) == sorted(X[:rows].tolist())
 
 

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "goodfit"
 FLOORS = [
     {"errors", "schedules", "defaults"},
-    {"hyper", "noise", "where", "axes", "factors", "groups", "blocks", "tensors", "losses", "progress"},
+    {"hyper", "noise", "rows", "where", "axes", "factors", "groups", "blocks", "tensors", "losses", "progress"},
     {"dataflow", "layers"},
     {"surgery"},
     {"batchnorms", "sampling"},
@@ -21,9 +21,10 @@ FLOORS = [
     {"regularizers"},
     {"cocktail"},
     {"plan", "hooks", "convert"},
+    {"accumulation"},
     {"beside"},
     {"run"},
-    {"data", "loop", "explanation"},
+    {"data", "loop", "small_batches", "explanation"},
     {"fitting"},
     {"tabular", "report"},
     {"paths"},

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         surgery as surgery,
         where as where,
     )
+    from goodfit.batchnorms.convert import Converted as Converted, convert_batchnorm as convert_batchnorm
     from goodfit.batchnorms.freeze import freeze_batchnorm as freeze_batchnorm, thaw_batchnorm as thaw_batchnorm
     from goodfit.batchnorms.recalibrate import recalibrate as recalibrate
+    from goodfit.batchnorms.variance_shift import VarianceShift as VarianceShift, variance_shift as variance_shift
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.explanation import Explanation as Explanation, explain as explain
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet
     from goodfit.run import Run as Run
+    from goodfit.small_batches import merge_last as merge_last
     from goodfit.surgery.shrink import shrink as shrink
 
 __version__ = "0.1.0"
@@ -55,20 +58,25 @@ __version__ = "0.1.0"
 _MODULES = ("convert", "factors", "groups", "hyper", "phases", "schedules", "surgery", "where")
 _NAMES = {
     "Cocktail": "cocktail",
+    "Converted": "batchnorms.convert",
     "Explanation": "explanation",
     "Fit": "fitting",
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
     "Path": "paths.result",
     "Run": "run",
+    "VarianceShift": "batchnorms.variance_shift",
+    "convert_batchnorm": "batchnorms.convert",
     "explain": "explanation",
     "fit": "fitting",
     "freeze_batchnorm": "batchnorms.freeze",
+    "merge_last": "small_batches",
     "parse": "cocktail",
     "path": "paths.path",
     "recalibrate": "batchnorms.recalibrate",
     "shrink": "surgery.shrink",
     "thaw_batchnorm": "batchnorms.freeze",
+    "variance_shift": "batchnorms.variance_shift",
 }
 
 

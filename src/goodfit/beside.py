@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from goodfit import rates
+from goodfit.accumulation import watch_accumulation
 from goodfit.blocks import Block, block_of, blocks
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hooks import lacking
@@ -140,6 +141,7 @@ class Beside:
                 "several optimizers go in together: run.attach(a, b)."
             )
         self._refuse_split_groups()
+        watch_accumulation(self.plan)
         self.covered = True
 
     def _refuse_split_groups(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
+from goodfit.batchnorms.present import by_batch
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.data import batches_of, peek, to_device
 from goodfit.errors import GoodfitError
@@ -20,9 +21,11 @@ from goodfit.loop import LossFunction, Prepare, evaluate, train_epochs
 from goodfit.losses import loss_of, task_of
 from goodfit.phases import Batch, Regularizer
 from goodfit.progress import Progress
+from goodfit.regularizers.batchnorm import BatchNorm
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.schedules import Schedule
+from goodfit.small_batches import merged_for_norms, refuse_single_values
 from goodfit.surgery.trace import call_model, evaluating, training as training_mode
 
 __all__ = ["Fit", "MakeOptimizer", "as_reals", "averaged", "fit", "optimizer_for"]
@@ -82,12 +85,18 @@ def fit(
         x, y = to_device(peek(training), home)
         kind = task if task is not None else "" if loss is not None else task_of(y)
         measure = averaged(loss or loss_of(kind))
-        mix = _in_steps(as_cocktail(cocktail), training)
+        mix = as_cocktail(cocktail)
+        with training_mode(model):
+            if by_batch(model) or any(mix.of(BatchNorm)):
+                training = merged_for_norms(training, "train")
+        mix = _in_steps(mix, training)
         _refuse_maximizing(mix)
         run = Run(mix, model, loss=measure, example=x, seed=seed)
         prepare = as_reals(mix, kind, model, x, y)
         chosen = optimizer_for(optimizer, model)
         with training_mode(model), Progress(epochs, "fit", progress) as bar:
+            if len(y) == 1:
+                refuse_single_values(model, x)
             history, why = train_epochs(run, chosen, training, validation, measure, prepare, epochs, bar)
         run.finish(training)
         score = evaluate(model, validation, measure)

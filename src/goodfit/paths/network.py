@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from goodfit.batchnorms.present import by_batch
 from goodfit.errors import GoodfitError
 from goodfit.fitting import as_reals, optimizer_for
 from goodfit.loop import evaluate, train_epoch
 from goodfit.paths.problem import Problem, tensors
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
+from goodfit.small_batches import merged_for_norms
 from goodfit.surgery.trace import training as training_mode
 
 __all__ = ["Ascent"]
@@ -92,9 +94,10 @@ class Ascent:
         optimizer = optimizer_for(problem.optimizer, run.model)
         prepare = as_reals(run.cocktail, problem.kind, run.model, problem.example, problem.targets)
         with training_mode(run.model):
+            batches = merged_for_norms(self.batches, "train") if by_batch(run.model) else self.batches
             run.epoch(self._objective(run, penalised))
             for _ in range(epochs):
-                train_epoch(run, optimizer, self.batches, prepare)
+                train_epoch(run, optimizer, batches, prepare)
                 if not run.epoch(self._objective(run, penalised)):
                     break
         run.finish(self.batches)

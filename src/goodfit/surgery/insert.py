@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["hang", "has_inserted", "insert_after", "insert_before", "refuse_wrappers"]
+__all__ = ["hang", "has_inserted", "insert_after", "insert_before", "inserted_into", "refuse_wrappers"]
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, ScriptModule)
 
@@ -47,6 +47,12 @@ def insert_before(host: nn.Module, name: str, layer: nn.Module) -> None:
 def has_inserted(model: nn.Module, name: str) -> bool:
     """Whether a layer of this name was inserted into the model before."""
     return any(isinstance(h, _After) and h.name == name for m in model.modules() for h in m._forward_hooks.values())
+
+
+def inserted_into(host: nn.Module) -> set[str]:
+    """Names of the children of `host` that its hooks run."""
+    hooks = (*host._forward_hooks.values(), *host._forward_pre_hooks.values())
+    return {hook.name for hook in hooks if isinstance(hook, _After | _Before)}
 
 
 def hang(host: nn.Module, name: str, layer: nn.Module) -> None:

@@ -1,0 +1,60 @@
+"""A few batches as one input of the model, to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goodfit.errors import GoodfitError
+from goodfit.rows import rows_of
+
+__all__ = ["device_of", "inputs"]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+def inputs(model: nn.Module, batches: Iterable[Any], samples: int, who: str) -> list[Any]:
+    """The x of batches on the model's device, until about so many rows."""
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise GoodfitError(f"{who} takes samples, a number of rows >= 1, got samples={samples!r}.")
+    if isinstance(batches, Tensor | Mapping | tuple) or not isinstance(batches, Iterable):
+        raise GoodfitError(f"{who} needs batches, as a DataLoader or a list of them, got a {type(batches).__name__}: give [x].")
+    taken, rows, device = [], 0, device_of(model)
+    for batch in batches:
+        taken.append(_moved(_input(batch, who), device))
+        rows += rows_of(taken[-1]) or 0
+        if rows >= samples:
+            break
+    if not rows:
+        raise GoodfitError(f"{who} needs batches with rows, got none (a stream is empty after one pass): give a DataLoader.")
+    return taken
+
+
+def _input(batch: Any, who: str) -> Any:
+    """The x of x, [x], (x, y); a dict is keywords as it is."""
+    if isinstance(batch, tuple | list):
+        if not 1 <= len(batch) <= 2:
+            kind = f"{type(batch).__name__} of {len(batch)}"
+            raise GoodfitError(
+                f"{who} takes batches x, (x, y) or dicts of keywords, got a {kind}; several inputs: ((a, b), y)."
+            )
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return tuple(batch) if isinstance(batch, list) else batch
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    """Nested tensors on a device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {key: _moved(value, device) for key, value in x.items()}
+    return type(x)(_moved(value, device) for value in x) if type(x) in (tuple, list) else x
