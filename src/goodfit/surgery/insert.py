@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["has_inserted", "insert_after", "insert_before", "refuse_wrappers"]
+__all__ = ["has_inserted", "insert_after", "insert_before", "refuse_wrappers", "take_out", "user_hooks"]
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, ScriptModule)
 
@@ -29,7 +29,7 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
             f"{who} edits the model in place, got a {shown}: give the model first, wrap or compile it afterwards."
         )
     if not any(True for _ in model.children()):
-        raise GoodfitError(f"{who} inserts layers between layers, got a single {kind}; wrap it in nn.Sequential.")
+        raise GoodfitError(f"{who} edits the layers inside a model, got a single {kind}; wrap it in nn.Sequential.")
 
 
 def insert_after(host: nn.Module, name: str, layer: nn.Module) -> None:
@@ -47,6 +47,25 @@ def insert_before(host: nn.Module, name: str, layer: nn.Module) -> None:
 def has_inserted(model: nn.Module, name: str) -> bool:
     """Whether a layer of this name was inserted into the model before."""
     return any(isinstance(h, _After) and h.name == name for m in model.modules() for h in m._forward_hooks.values())
+
+
+def take_out(host: nn.Module, name: str) -> bool:
+    """Take an inserted layer out again; False where the child of this name was not inserted."""
+    every = (host._forward_hooks, host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs)
+    keys = [k for hooks in every[:2] for k, h in hooks.items() if isinstance(h, _After | _Before) and h.name == name]
+    for key in keys:
+        for hooks in every:
+            hooks.pop(key, None)
+    if keys:
+        delattr(host, name)
+    return bool(keys)
+
+
+def user_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that are not those of inserted layers."""
+    hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return any(not isinstance(hook, _After | _Before) for hook in hooks)
 
 
 def _hang(host: nn.Module, name: str, layer: nn.Module) -> None:
