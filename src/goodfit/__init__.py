@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         surgery as surgery,
         where as where,
     )
+    from goodfit.batchnorms.fold import fold_batchnorm as fold_batchnorm
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.explanation import Explanation as Explanation, explain as explain
@@ -53,6 +54,7 @@ _NAMES = {
     "Run": "run",
     "explain": "explanation",
     "fit": "fitting",
+    "fold_batchnorm": "batchnorms.fold",
     "parse": "cocktail",
     "path": "paths.path",
     "shrink": "surgery.shrink",

@@ -31,11 +31,12 @@ class Affine:
 
 def batch_norms(model: nn.Module) -> dict[nn.Module, str]:
     """The batch norms of a model with their names: torch's, and what keeps the same running statistics."""
-
-    def is_one(module: nn.Module) -> bool:
-        return isinstance(module, _BatchNorm) or all(module._buffers.get(n) is not None for n in ("running_mean", "running_var"))
-
-    return {module: name for name, module in model.named_modules() if is_one(module)}
+    statistics = ("running_mean", "running_var")
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) or all(module._buffers.get(n) is not None for n in statistics)
+    }
 
 
 def affine(norm: Any, x: Tensor) -> Affine | str:
@@ -49,9 +50,10 @@ def affine(norm: Any, x: Tensor) -> Affine | str:
         return "has a weight that is computed"
     if user_hooks(norm) or norm._forward_hooks or norm._forward_pre_hooks:
         return "has hooks"
-    mean, var, weight, bias = (None if t is None else t.detach().double().cpu() for t in (mean, var, weight, bias))
-    scale = (var + getattr(norm, "eps", 1e-5)).rsqrt() * (1.0 if weight is None else weight)
-    shift = (0.0 if bias is None else bias) - mean * scale
+    scale = (_double(var) + getattr(norm, "eps", 1e-5)).rsqrt()
+    scale = scale if weight is None else scale * _double(weight)
+    shift = -_double(mean) * scale
+    shift = shift if bias is None else shift + _double(bias)
     if not (scale.isfinite().all() and shift.isfinite().all()):
         return "has statistics or weights that are not finite"
     if type(norm).forward in _PLAIN and "forward" not in vars(norm) and not any(norm.children()):
@@ -60,6 +62,10 @@ def affine(norm: Any, x: Tensor) -> Affine | str:
         return _tried(norm, scale, shift, x)
     except Exception:
         return _NOT_ONE
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().cpu()
 
 
 def _tried(norm: nn.Module, scale: Tensor, shift: Tensor, x: Tensor) -> Affine | str:

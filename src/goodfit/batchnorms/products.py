@@ -13,7 +13,7 @@ from goodfit.batchnorms.record import Operation, Record, span, storage
 from goodfit.surgery.insert import user_hooks
 from goodfit.surgery.proof import BOUNDS
 
-__all__ = ["Layer", "layers", "shared", "unique"]
+__all__ = ["Layer", "layers", "unique"]
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class Layer:
 
 def layers(model: nn.Module, run: Record) -> list[Layer]:
     """All of a run."""
-    several = shared(model)
+    several = _tied(model)
     found = []
     for operation in run.operations:
         layer = _layer(operation)
@@ -45,7 +45,7 @@ def layers(model: nn.Module, run: Record) -> list[Layer]:
     return found
 
 
-def shared(model: nn.Module) -> set[int]:
+def _tied(model: nn.Module) -> set[int]:
     """The memory of parameters and buffers that more than one module has, or one module twice."""
     holders: dict[int, int] = defaultdict(int)
     for module in model.modules():
@@ -79,15 +79,19 @@ def _owner(operation: Operation, weight: Tensor) -> Any:
     """The running module that has this very weight."""
     for module in reversed(operation.modules):
         own = module._parameters.get("weight")
-        if own is not None and storage(own) == storage(weight) and span(own) == span(weight):
+        if own is not None and _same_place(own, weight):
             return module if own.shape == weight.shape and own.stride() == weight.stride() else None
     return None
+
+
+def _same_place(one: Tensor, other: Tensor) -> bool:
+    return storage(one) == storage(other) and span(one) == span(other)
 
 
 def _bias_followed(layer: Layer, run: Record) -> str:
     """A product of more than two axes adds its bias in a second step: then that is the output."""
     bias = layer.module._parameters.get("bias")
-    if bias is None or storage(bias) in map(storage, layer.product.call.inputs):
+    if bias is None or any(_same_place(bias, t) for t in layer.product.call.inputs):
         return ""
     after = run.reading(layer.out)
     add = after[0] if len(after) == 1 else None
@@ -139,5 +143,3 @@ def unique(outer: Tensor, outer_axis: int, inner: Tensor, inner_axis: int, forwa
 
 def _along(shape: torch.Size, axis: int) -> Tensor:
     return torch.arange(shape[axis]).view([-1 if d == axis else 1 for d in range(len(shape))])
-
-

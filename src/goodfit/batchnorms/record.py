@@ -141,6 +141,8 @@ def storage(tensor: Tensor) -> int:
 
 def span(tensor: Tensor) -> tuple[int, int]:
     """The part of its memory that a tensor reaches over, in bytes."""
-    reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-    start = tensor.storage_offset() * tensor.element_size()
+    reach = (
+        1 + sum(int((n - 1) * stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    )
+    start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + reach * tensor.element_size()

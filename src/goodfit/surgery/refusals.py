@@ -20,14 +20,10 @@ def refuse_unfit(model: nn.Module, who: str) -> None:
     for name, module in model.named_modules():
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule) or "quantized" in kind.__module__ or hasattr(module, "_orig_mod"):
-            raise GoodfitError(
-                f"{who} edits plain layers, got the {kind.__name__} {name!r}: {who} first, convert afterwards."
-            )
+            raise GoodfitError(f"{who} edits plain layers, got the {kind.__name__} {name!r}: {who} first, convert afterwards.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise GoodfitError(f"{who} needs weights that are there, but {name} is lazy: run the model on a batch once.")
         plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
         if not plain or type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
-            raise GoodfitError(
-                f"{who} edits plain dense tensors, got {name} as a {type(tensor).__name__} ({tensor.layout})."
-            )
+            raise GoodfitError(f"{who} edits plain dense tensors, got {name} as a {type(tensor).__name__} ({tensor.layout}).")
