@@ -63,9 +63,9 @@ def _pair(norm: nn.Module, run: Record, products: list[Layer], names: dict[nn.Mo
             return other if isinstance(other, Pair) else f"comes before {names[behind[0].module]}: {other}"
     if before is not None:
         return f"comes after {names[before.module]}: {pair}"
-    maker, readers = run.makers.get(storage(x)), {r.call.name for r in run.reading(y)}
+    maker, readers = run.makers.get(storage(x)), run.reading(y)
     origin = maker.call.name if maker is not None else "the input"
-    return f"stands between {origin} and {', '.join(sorted(readers)) or 'the output'}, with no layer at its side"
+    return f"stands between {origin} and {readers[0].call.name if readers else 'the output'}, with no layer at its side"
 
 
 def _into_rows(norm: nn.Module, acts: Affine, x: Tensor, layer: Layer, run: Record) -> Pair | str:
