@@ -20,7 +20,7 @@ import time
 import warnings
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,14 +51,14 @@ def prepare(model: nn.Module) -> nn.Module:
 def ours(model: nn.Module, example: Any, fresh: Any) -> dict[str, Any]:
     """The fold of a model in float32, and of its copy in float64."""
     row: dict[str, Any] = {}
+    states: list[str] = []
     precise, error = copy.deepcopy(model).double(), 0.0
     for name, one, x, new in (("32", model, example, fresh), ("64", precise, as_double(example), as_double(fresh))):
         truth = answers(one, new)
         try:
             result = gf.fold_batchnorm(one, x)
         except Exception as refusal:
-            status = "refused" if isinstance(refusal, gf.GoodfitError) else "BROKEN"
-            row["status"] = row.get("status", status) if row.get("status") == status else f"{status} in float{name}"
+            states.append("refused" if isinstance(refusal, gf.GoodfitError) else "BROKEN")
             row["reason"] = f"{type(refusal).__name__}: {refusal}"[:300]
             continue
         over, error = largest_error(truth, answers(one, new))
@@ -67,19 +67,23 @@ def ours(model: nn.Module, example: Any, fresh: Any) -> dict[str, Any]:
             row |= {"folded": len(result.folded), "kept": len(result.kept)}
             row["latency"] = round(result.latency[1] / result.latency[0], 3)
             row["reason"] = "; ".join(" ".join(one) for one in result.kept)[:300]
-        elif len(result.folded) != row.get("folded"):
+        elif len(result.folded) != row.get("folded", len(result.folded)):
             row["reason"] = f"float64 folds {len(result.folded)}; {row.get('reason')}"
         if over > 100:
-            row["status"] = "WRONG"
-    row.setdefault("status", "nothing to fold" if not row["folded"] else "partly folded" if row["kept"] else "folded")
-    return row
+            states.append("WRONG")
+        else:
+            states.append("nothing to fold" if not result.folded else "partly folded" if result.kept else "folded")
+    worst = next((state for state in ("WRONG", "BROKEN", "refused") if state in states), states[0])
+    return row | {
+        "status": worst if len(set(states)) == 1 or worst != "refused" else f"refused in float{32 << states.index(worst)}"
+    }
 
 
 def torchs(model: nn.Module, fresh: Any) -> dict[str, Any]:
     """What torch's fuser makes of the model."""
     truth = answers(model, fresh)
     try:
-        traced, fused = symbolic_trace(model), fuse(model)
+        traced, fused = symbolic_trace(model), cast(GraphModule, fuse(model))
         over, error = largest_error(truth, answers(fused, fresh))
     except Exception as problem:
         return {"torch": "failed", "torch error": f"{type(problem).__name__}"}
