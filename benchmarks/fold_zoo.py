@@ -74,9 +74,8 @@ def ours(model: nn.Module, example: Any, fresh: Any) -> dict[str, Any]:
         else:
             states.append("nothing to fold" if not result.folded else "partly folded" if result.kept else "folded")
     worst = next((state for state in ("WRONG", "BROKEN", "refused") if state in states), states[0])
-    return row | {
-        "status": worst if len(set(states)) == 1 or worst != "refused" else f"refused in float{32 << states.index(worst)}"
-    }
+    alone = worst == "refused" and len(set(states)) > 1
+    return row | {"status": f"refused in float{32 << states.index(worst)}" if alone else worst}
 
 
 def torchs(model: nn.Module, fresh: Any) -> dict[str, Any]:

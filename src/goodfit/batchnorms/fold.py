@@ -13,7 +13,6 @@ from goodfit.batchnorms.folding import Folding
 from goodfit.batchnorms.record import record
 from goodfit.errors import GoodfitError
 from goodfit.surgery.cost import milliseconds
-from goodfit.surgery.proof import Proof
 from goodfit.surgery.refusals import refuse_unfit
 
 __all__ = ["fold_batchnorm"]
@@ -47,9 +46,8 @@ def fold_batchnorm(model: nn.Module, example: Any) -> Folded:
     ((('1', '0'),), Identity())
     """
     refuse_unfit(model, "fold_batchnorm")
-    proof = Proof(model, example)
     names = {module: name for name, module in model.named_modules()}
-    folding = Folding(model, proof.gap)
+    folding = Folding(model, example)
     try:
         kept = _fold_all(model, example, folding)
         if kept and not folding.folded:

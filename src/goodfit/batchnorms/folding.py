@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from goodfit.batchnorms.chains import Pair
 from goodfit.surgery.insert import take_out
+from goodfit.surgery.proof import Proof
 from goodfit.surgery.slicing import Snapshot, oriented
 
 __all__ = ["Folding"]
@@ -18,8 +19,9 @@ __all__ = ["Folding"]
 class Folding:
     """The folds of one model. All are computed in float64 from the weights at the start, and rounded once."""
 
-    def __init__(self, model: nn.Module, gap: Callable[[], tuple[float, float]]) -> None:
-        self.model, self.gap, self.start = model, gap, Snapshot(model)
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model, self.example, self.start = model, example, Snapshot(model)
+        self.proof: Proof | None = None  # made when there is something to prove
         self.weights: dict[nn.Parameter, Tensor] = {}  # as they were, of those that were written
         self.folded: list[Pair] = []
         self.spoiled: dict[nn.Module, str] = {}
@@ -50,9 +52,10 @@ class Folding:
     def grow(self, pairs: list[Pair]) -> None:
         """Fold those of the pairs that the proof accepts, beside what is folded already: all, or by halves."""
         self.trials += 1
+        self.proof = self.proof or Proof(self.model, self.example)
         try:
             self.apply([*self.folded, *pairs])
-            over, error = self.gap()
+            over, error = self.proof.gap()
         except Exception:
             over = error = float("inf")
         if over <= 1:

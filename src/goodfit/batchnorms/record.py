@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from goodfit.dataflow.flows import Call, tensors_in
 from goodfit.surgery.insert import user_hooks
 from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.trace import call_model, must_run
 
 __all__ = ["Operation", "Record", "record", "span", "storage"]
 
@@ -80,7 +80,10 @@ def record(model: nn.Module, example: Any) -> Record:
     """Run the model on the example."""
     run = Record()
     with quiet(model), _modules_noted(model, run), _Functions(run), run:
-        outputs = call_model(model, example)
+        try:
+            outputs = call_model(model, example)
+        except Exception as problem:
+            raise must_run(model, problem) from problem
     run.show(outputs, "is an output of the model")
     for name, module in model.named_modules():
         held = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
