@@ -505,6 +505,47 @@ def test_words_and_positions_as_inputs() -> None:
     assert folded(other, {"a": ROWS, "b": ROWS}, {"a": ROWS * 2, "b": ROWS}).folded == (("bn", "fc"),)
 
 
+class Fails(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def falls_back(m: Any, x: Tensor) -> Tensor:
+    try:
+        return m.wrong(x)
+    except RuntimeError:
+        return m.bn(m.fc(x))
+
+
+def test_a_layer_that_fails_within_the_model() -> None:
+    model = Net(falls_back, wrong=Fails(), fc=nn.Linear(4, 3), bn=nn.BatchNorm1d(3))
+    assert folded(model, ROWS).folded == (("bn", "fc"),)
+
+
+def test_weights_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        model = settled(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+        before = model.eval()(ROWS)
+    assert gf.fold_batchnorm(model, ROWS).folded == (("1", "0"),)
+    torch.testing.assert_close(model(ROWS), before.clone(), rtol=1e-10, atol=1e-10)
+
+
+def test_weights_in_one_block_of_memory() -> None:
+    model = settled(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters())
+    assert exact(model, ROWS).folded == (("1", "0"), ("3", "4"))
+
+
+def test_dropout_that_never_rests_is_no_identity() -> None:
+    model = settled(Net(lambda m, x: m.bn(F.dropout(m.fc(x), 0.5, True)), fc=nn.Linear(4, 3), bn=nn.BatchNorm1d(3)))
+    with pytest.raises(GoodfitError, match="read by|stands between"):
+        gf.fold_batchnorm(model, ROWS)
+
+
 LAYERS: dict[str, Any] = {
     "conv": lambda: nn.Conv2d(4, 4, 3, bias=False),
     "padded": lambda: nn.Conv2d(4, 4, 3, padding=1),

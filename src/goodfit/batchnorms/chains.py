@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +82,7 @@ def _into_rows(norm: nn.Module, acts: Affine, x: Tensor, layer: Layer, run: Reco
     return Pair(norm, layer, True, scale, torch.where(channels < 0, 0.0, acts.shift[channels]), acts.rest)
 
 
-def _into_columns(norm: nn.Module, acts: Affine, y: Any, layer: Layer, run: Record) -> Pair | str:
+def _into_columns(norm: nn.Module, acts: Affine, y: Tensor, layer: Layer, run: Record) -> Pair | str:
     if storage(y) in run.seen:
         return f"what the norm gives {run.seen[storage(y)]}"
     if layer.reason:

@@ -68,7 +68,8 @@ def _fold_all(model: nn.Module, example: Any, folding: Folding) -> dict[nn.Modul
     while True:
         run = record(model, example)
         found, kept = pairs(model, run)
-        found = [pair for pair in found if pair.norm not in folding.spoiled]
+        tried = {*folding.spoiled, *(pair.norm for pair in folding.folded)}
+        found = [pair for pair in found if pair.norm not in tried]
         if not found:
             norms = batch_norms(model)
             functions = {module: _FUNCTION for module in run.functions if module not in norms}

@@ -42,7 +42,7 @@ class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.makers: dict[int, Operation] = {}
         self.readers: dict[int, list[tuple[Operation, Tensor]]] = defaultdict(list)
-        self.runs: dict[nn.Module, list[tuple[Tensor, Any]]] = defaultdict(list)
+        self.runs: dict[nn.Module, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self.seen: dict[int, str] = {}  # memory → who else sees it
         self.functions: list[nn.Module] = []  # the modules that call batch_norm as a function
 
@@ -125,7 +125,7 @@ def _modules_noted(model: nn.Module, run: Record) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         run.stack.pop()
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        if first is not None:
+        if first is not None and isinstance(output, Tensor):
             run.runs[module].append((first, output))
         if module in hooked:
             run.show((args, kwargs, output), f"is seen by a hook of {names[module] or 'the model'}")
@@ -133,7 +133,7 @@ def _modules_noted(model: nn.Module, run: Record) -> Iterator[None]:
     with ExitStack() as hooks:
         for module in names:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
-            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         yield
 
 
