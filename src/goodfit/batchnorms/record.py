@@ -107,7 +107,8 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("tolist", "numpy", "__array__") and isinstance(args[0], Tensor):
             self.run.show(args[0], "is read by Python")
-        if name == "batch_norm" and self.run.stack:
+        by_batch = args[5] if len(args) > 5 else (kwargs or {}).get("training", False)
+        if name == "batch_norm" and not by_batch and self.run.stack:
             self.run.functions.append(self.run.stack[-1])
         return func(*args, **(kwargs or {}))
 
