@@ -263,14 +263,17 @@ class Functional(nn.Module):
 def test_batch_norm_as_a_function_is_told() -> None:
     with pytest.raises(GoodfitError, match=r"Sequential: 0 calls batch_norm as a function, whose numbers belong to no layer\."):
         gf.fold_batchnorm(nn.Sequential(Functional(), nn.ReLU()), IMAGES)
-    standardized = Net(
-        lambda m, x: F.conv2d(x, F.batch_norm(m.w[None].flatten(2), None, None, training=True)[0].view(6, 4, 3, 3))
-    )
-    standardized.w = nn.Parameter(torch.randn(6, 4, 3, 3))
-    assert folded(standardized, IMAGES).kept == ()  # by no running statistics
     result = folded(nn.Sequential(Functional(), nn.Conv2d(6, 3, 1), nn.BatchNorm2d(3)), IMAGES)
     assert result.folded == (("2", "1"),)
     assert list(kept(result)) == ["0"]
+
+
+def standardizes(m: Any, x: Tensor) -> Tensor:
+    return m.conv(x) + F.conv2d(x, F.batch_norm(m.conv.weight[None].flatten(2), None, None, training=True)[0].view(6, 4, 3, 3))
+
+
+def test_batch_norm_as_a_function_of_the_batch_has_nothing_to_fold() -> None:
+    assert folded(Net(standardizes, conv=nn.Conv2d(4, 6, 3)), IMAGES).kept == ()
 
 
 def test_three_silent_errors_of_torchs_fuser() -> None:

@@ -80,8 +80,12 @@ def _owner(operation: Operation, weight: Tensor) -> Any:
     for module in reversed(operation.modules):
         own = module._parameters.get("weight")
         if own is not None and _same_place(own, weight):
-            return module if own.shape == weight.shape and own.stride() == weight.stride() else None
+            return module if _layout(own) == _layout(weight) else None
     return None
+
+
+def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    return tensor.shape, tensor.stride()
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:
@@ -128,11 +132,7 @@ def unique(outer: Tensor, outer_axis: int, inner: Tensor, inner_axis: int, forwa
     """
     if storage(outer) != storage(inner) or outer.dtype != inner.dtype or not inner.numel():
         return None
-    if (
-        outer_axis == inner_axis
-        and _same_place(outer, inner)
-        and (outer.shape, outer.stride()) == (inner.shape, inner.stride())
-    ):
+    if outer_axis == inner_axis and _same_place(outer, inner) and _layout(outer) == _layout(inner):
         return torch.arange(outer.shape[outer_axis])
     length = outer.untyped_storage().nbytes() // outer.element_size()
     labels = torch.full((length,), -1)
