@@ -99,7 +99,8 @@ def _bias_followed(layer: Layer, run: Record) -> str:
         return ""
     after = run.reading(layer.out)
     add = after[0] if len(after) == 1 else None
-    if add is None or add.call.name != "add" or add.call.args["alpha"] != 1 or layer.module not in add.modules:
+    added = add is not None and add.call.name == "add" and add.call.args["alpha"] == 1 and layer.module in add.modules
+    if add is None or not added or layer.product.call.name == "convolution":
         return "its bias is not added to its product"
     layer.last, layer.out = add, add.call.outputs[0]
     layer.rows = layer.out.ndim - 1
