@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         where as where,
     )
     from goodfit.batchnorms.convert import Converted as Converted, convert_batchnorm as convert_batchnorm
+    from goodfit.batchnorms.fold import fold_batchnorm as fold_batchnorm
     from goodfit.batchnorms.freeze import freeze_batchnorm as freeze_batchnorm, thaw_batchnorm as thaw_batchnorm
     from goodfit.batchnorms.recalibrate import recalibrate as recalibrate
     from goodfit.batchnorms.variance_shift import VarianceShift as VarianceShift, variance_shift as variance_shift
@@ -71,6 +72,7 @@ _NAMES = {
     "fit": "fitting",
     "freeze_batchnorm": "batchnorms.freeze",
     "merge_last": "small_batches",
+    "fold_batchnorm": "batchnorms.fold",
     "parse": "cocktail",
     "path": "paths.path",
     "recalibrate": "batchnorms.recalibrate",

@@ -14,8 +14,8 @@ from torch.jit import ScriptModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from goodfit.batchnorms.affine import affine_changes
 from goodfit.batchnorms.batches import inputs
+from goodfit.batchnorms.compensate import affine_changes
 from goodfit.batchnorms.freeze import is_frozen, owns_statistics
 from goodfit.batchnorms.watch import Norm, Watch
 from goodfit.errors import GoodfitError, GoodfitWarning

@@ -14,7 +14,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["hang", "has_inserted", "insert_after", "insert_before", "inserted_into", "refuse_wrappers"]
+__all__ = [
+    "hang",
+    "has_inserted",
+    "insert_after",
+    "insert_before",
+    "inserted_into",
+    "refuse_wrappers",
+    "take_out",
+    "user_hooks",
+]
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, ScriptModule)
 
@@ -29,7 +38,7 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
             f"{who} edits the model in place, got a {shown}: give the model first, wrap or compile it afterwards."
         )
     if not any(True for _ in model.children()):
-        raise GoodfitError(f"{who} inserts layers between layers, got a single {kind}; wrap it in nn.Sequential.")
+        raise GoodfitError(f"{who} edits the layers inside a model, got a single {kind}; wrap it in nn.Sequential.")
 
 
 def insert_after(host: nn.Module, name: str, layer: nn.Module) -> None:
@@ -53,6 +62,25 @@ def inserted_into(host: nn.Module) -> set[str]:
     """Names of the children of `host` that its hooks run."""
     hooks = (*host._forward_hooks.values(), *host._forward_pre_hooks.values())
     return {hook.name for hook in hooks if isinstance(hook, _After | _Before)}
+
+
+def take_out(host: nn.Module, name: str) -> bool:
+    """Take an inserted layer out again; False where the child of this name was not inserted."""
+    every = (host._forward_hooks, host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs)
+    keys = [k for hooks in every[:2] for k, h in hooks.items() if isinstance(h, _After | _Before) and h.name == name]
+    for key in keys:
+        for hooks in every:
+            hooks.pop(key, None)
+    if keys:
+        delattr(host, name)
+    return bool(keys)
+
+
+def user_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that are not those of inserted layers."""
+    hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return any(not isinstance(hook, _After | _Before) for hook in hooks)
 
 
 def hang(host: nn.Module, name: str, layer: nn.Module) -> None:

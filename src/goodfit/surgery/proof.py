@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from goodfit.dataflow.flows import tensors_in
-from goodfit.surgery.trace import call_model, evaluating
+from goodfit.surgery.trace import call_model, evaluating, must_run
 
-__all__ = ["BOUNDS", "answers", "largest_error", "quiet", "shuffled", "variants"]
+__all__ = ["BOUNDS", "Proof", "answers", "largest_error", "quiet", "shuffled", "variants"]
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -106,3 +106,21 @@ def largest_error(before: list[Tensor], after: list[Tensor]) -> tuple[float, flo
         error = gap / size if size > 0 and gap == gap else float("inf")
         worst = max(worst, (error / BOUNDS.get(a.dtype, 1e-5), error))
     return worst
+
+
+class Proof:
+    """What a model says before an edit, on the example and on the other inputs that it takes."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model = model
+        try:
+            self.truth = [(example, answers(model, example))]
+        except Exception as problem:
+            raise must_run(model, problem) from problem
+        for other in variants(example):
+            with suppress(Exception):  # a model may well refuse it
+                self.truth.append((other, answers(model, other)))
+
+    def gap(self) -> tuple[float, float]:
+        """How far the model is from it now: the largest error over its bound, and by itself."""
+        return max(largest_error(known, answers(self.model, test)) for test, known in self.truth)

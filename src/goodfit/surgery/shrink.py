@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import suppress
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from goodfit.errors import GoodfitError
 from goodfit.surgery.cost import flops, milliseconds, size
 from goodfit.surgery.follow import choose, follow
-from goodfit.surgery.insert import refuse_wrappers
-from goodfit.surgery.proof import answers, largest_error, variants
+from goodfit.surgery.proof import Proof
+from goodfit.surgery.refusals import refuse_unfit
 from goodfit.surgery.search import Search
 from goodfit.surgery.shrunk import BENIGN, Shrunk, kept_zeros, what_went
 from goodfit.surgery.slicing import Snapshot
-from goodfit.surgery.trace import must_run
 
 __all__ = ["shrink"]
 
@@ -47,22 +43,14 @@ def shrink(model: nn.Module, example: Any) -> Shrunk:
     >>> result.parameters
     (13, 9)
     """
-    _refuse(model)
-    tests = [example]
-    try:
-        truth = [answers(model, example)]
-    except Exception as problem:
-        raise must_run(model, problem) from problem
-    for other in variants(example):
-        with suppress(Exception):  # a model may well refuse it
-            truth.append(answers(model, other))
-            tests.append(other)
+    refuse_unfit(model, "shrink")
+    proof = Proof(model, example)
     before = Snapshot(model)
     try:
         run = follow(model, example)
         choice, shared = choose(model, run)
         before.restore()
-        search = Search(model, choice, shared, before, lambda: _gap(model, tests, truth))
+        search = Search(model, choice, shared, before, proof.gap)
         error = search.largest()
     except BaseException:
         before.restore()
@@ -73,10 +61,6 @@ def shrink(model: nn.Module, example: Any) -> Shrunk:
     except BaseException:
         before.restore()
         raise
-
-
-def _gap(model: nn.Module, tests: list[Any], truth: list[list[Tensor]]) -> tuple[float, float]:
-    return max(largest_error(known, answers(model, test)) for test, known in zip(tests, truth, strict=True))
 
 
 def _told(model: nn.Module, example: Any, search: Search, error: float, before: Snapshot, after: Snapshot) -> Shrunk:
@@ -99,21 +83,3 @@ def _told(model: nn.Module, example: Any, search: Search, error: float, before: 
     inputs = {name.rpartition(".")[0]: tuple(taken.tolist()) for name, taken in search.inputs.items()}
     pairs: Any = [tuple(measured[what]) for what in ("parameters", "flops")]
     return Shrunk(model, pairs[0], pairs[1], (latency[0], latency[1]), tuple(removed), tuple(kept), inputs, error)
-
-
-def _refuse(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise GoodfitError(f"shrink takes a torch.nn.Module and an example, in this order, got a {type(model).__name__}.")
-    refuse_wrappers(model, "shrink")
-    for name, module in model.named_modules():
-        kind = type(module)
-        if isinstance(module, torch.jit.ScriptModule) or "quantized" in kind.__module__ or hasattr(module, "_orig_mod"):
-            raise GoodfitError(
-                f"shrink edits plain layers, got the {kind.__name__} {name!r}: shrink first, convert afterwards."
-            )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-        if is_lazy(tensor):
-            raise GoodfitError(f"shrink needs weights that are there, but {name} is lazy: run the model on a batch once.")
-        if not plain or type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
-            raise GoodfitError(f"shrink cuts plain dense tensors, got {name} as a {type(tensor).__name__} ({tensor.layout}).")

@@ -17,7 +17,7 @@ from goodfit.dataflow.flows import Reader
 from goodfit.surgery.attention import lower_numbers, narrow
 from goodfit.surgery.choice import Choice
 
-__all__ = ["Snapshot", "bias_of", "cut", "owner"]
+__all__ = ["Snapshot", "bias_of", "cut", "oriented", "owner"]
 
 
 class Snapshot:
@@ -126,14 +126,14 @@ def _with_merges(model: nn.Module, choice: Choice) -> dict[str, Tensor]:
         module, attribute = owner(model, reader.name)
         stored = getattr(module, attribute)
         weight = changed.setdefault(reader.name, stored.detach().double().clone())
-        view = _oriented(weight, reader.groups, isinstance(module, _ConvTransposeNd))
+        view = oriented(weight, reader.groups, isinstance(module, _ConvTransposeNd))
         width = view.shape[2]
         group = column // width
         view[group, :, host % width] += view[group, :, column % width] * ratio
     return changed
 
 
-def _oriented(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+def oriented(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     """A convolution's stored weight, seen as (group, row, column, kernel...)."""
     grouped = weight.view(groups, -1, *weight.shape[1:])
     return grouped.transpose(1, 2) if transposed else grouped

@@ -1,0 +1,153 @@
+"""How `gf.fold_batchnorm` does on vision models, beside torch's own fuser: what is folded, what is refused, and why.
+
+    python -m venv zoo && zoo/bin/pip install torch numpy pillow pyyaml safetensors huggingface_hub transformers
+    zoo/bin/pip install --no-deps torchvision timm
+    PYTHONPATH=src zoo/bin/python benchmarks/fold_zoo.py [--stub FOLDER_OF_ZOO_STUB] [--only GLOB] [--largest 150]
+
+Each model gets random weights, and random statistics, scales and shifts of its batch norms, so that no fold is the identity.
+It is folded in float32 and in float64; that nothing is wrong is checked on *fresh* inputs, and so is
+`torch.fx.experimental.optimization.fuse` in float64, right up to 1e-8. latency is after over before, in float32.
+Writes fold_zoo.csv beside itself, line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import gc
+import time
+import warnings
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, symbolic_trace
+from torch.fx.experimental.optimization import fuse
+from zoo import Build, as_double, vision_zoo
+
+import goodfit as gf
+from goodfit.batchnorms.affine import batch_norms
+from goodfit.surgery.proof import answers, largest_error
+
+COLUMNS = ["model", "norms", "folded", "kept", "status", "error32", "error64", "torch", "torch folded", "torch error"]
+COLUMNS += ["behind", "latency", "seconds", "reason"]
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Random statistics, scales and shifts."""
+    with torch.no_grad():
+        for module in batch_norms(model):
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if name in ("weight", "running_var"):
+                    tensor.uniform_(0.5, 1.5)
+                elif name in ("bias", "running_mean"):
+                    tensor.normal_(0, 0.3)
+    return model.eval()
+
+
+def ours(model: nn.Module, example: Any, fresh: Any) -> dict[str, Any]:
+    """The fold of a model in float32, and of its copy in float64."""
+    row: dict[str, Any] = {}
+    states: list[str] = []
+    precise, error = copy.deepcopy(model).double(), 0.0
+    for name, one, x, new in (("32", model, example, fresh), ("64", precise, as_double(example), as_double(fresh))):
+        truth = answers(one, new)
+        try:
+            result = gf.fold_batchnorm(one, x)
+        except Exception as refusal:
+            states.append("refused" if isinstance(refusal, gf.GoodfitError) else "BROKEN")
+            row["reason"] = f"{type(refusal).__name__}: {refusal}"[:300]
+            continue
+        over, error = largest_error(truth, answers(one, new))
+        row[f"error{name}"] = f"{error:.1e}"
+        if name == "32":
+            row |= {"folded": len(result.folded), "kept": len(result.kept)}
+            row["latency"] = round(result.latency[1] / result.latency[0], 3)
+            row["reason"] = "; ".join(" ".join(one) for one in result.kept)[:300]
+        elif len(result.folded) != row.get("folded", len(result.folded)):
+            row["reason"] = f"float64 folds {len(result.folded)}; {row.get('reason')}"
+        if over > 100:
+            states.append("WRONG")
+        else:
+            states.append("nothing to fold" if not result.folded else "partly folded" if result.kept else "folded")
+    worst = next((state for state in ("WRONG", "BROKEN", "refused") if state in states), states[0])
+    alone = worst == "refused" and len(set(states)) > 1
+    return row | {"status": f"refused in float{32 << states.index(worst)}" if alone else worst}
+
+
+def torchs(model: nn.Module, fresh: Any) -> dict[str, Any]:
+    """What torch's fuser makes of the model."""
+    truth = answers(model, fresh)
+    try:
+        traced, fused = symbolic_trace(model), cast(GraphModule, fuse(model))
+        over, error = largest_error(truth, answers(fused, fresh))
+    except Exception as problem:
+        return {"torch": "failed", "torch error": f"{type(problem).__name__}"}
+    gone = _norms_called(traced, model) - _norms_called(fused, model)
+    return {"torch": "right" if over <= 100 else "WRONG", "torch folded": gone, "torch error": f"{error:.1e}"}
+
+
+def _norms_called(traced: GraphModule, model: nn.Module) -> int:
+    norms = set(batch_norms(model).values())
+    return sum(node.op == "call_module" and node.target in norms for node in traced.graph.nodes)
+
+
+def measure(build: Build, largest: float) -> dict[str, Any]:
+    """One row of the table."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    try:
+        model, example, fresh = build()
+    except BaseException as problem:
+        return {"status": "not built", "reason": f"{type(problem).__name__}: {problem}"[:120]}
+    if sum(p.numel() for p in model.parameters()) > largest * 1e6:
+        return {"status": "skipped", "reason": f"more than {largest:g} M parameters"}
+    row: dict[str, Any] = {"norms": len(batch_norms(prepare(model)))}
+    try:
+        answers(model, fresh)
+        double = copy.deepcopy(model).double()
+        answers(double, as_double(fresh))
+    except Exception as problem:
+        return row | {"status": "not run", "reason": f"{type(problem).__name__}: {problem}"[:120]}
+    if row["norms"]:
+        row |= torchs(double, as_double(fresh))
+    del double
+    row |= ours(model, example, fresh)
+    row["behind"] = max(0, row.get("torch folded", 0) - row.get("folded", 0)) if row.get("torch") == "right" else 0
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def main() -> None:
+    """Print one line for each model, and the sums."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stub", help="folder of zoo_stub.py, for a torchvision beside a CPU build of torch")
+    parser.add_argument("--only", default="*")
+    parser.add_argument("--largest", type=float, default=150, help="skip models with more million parameters")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows: list[dict[str, Any]] = []
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        for name, build in vision_zoo(options.stub):
+            if fnmatch(name, options.only):
+                rows.append({"model": name} | measure(build, options.largest))
+                writer.writerow(rows[-1])
+                file.flush()
+                print(*(rows[-1].get(c, "") for c in COLUMNS), sep="  ", flush=True)
+                gc.collect()
+    for family in ("torchvision", "transformers", "timm"):
+        own = [r for r in rows if r["model"].startswith(family)]
+        for who in ("status", "torch"):
+            told = [r[who] for r in own if who in r]
+            print(family, who, {status: told.count(status) for status in dict.fromkeys(told)})
+        print(family, "behind torch's fuser:", [r["model"] for r in own if r.get("behind")])
+
+
+if __name__ == "__main__":
+    main()
