@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet
     from goodfit.run import Run as Run
+    from goodfit.sampling.dropping import mc_dropout as mc_dropout
+    from goodfit.sampling.predict import mc_predict as mc_predict
+    from goodfit.sampling.prediction import Prediction as Prediction
     from goodfit.surgery.shrink import shrink as shrink
 
 __version__ = "0.1.0"
@@ -50,9 +53,12 @@ _NAMES = {
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
     "Path": "paths.result",
+    "Prediction": "sampling.prediction",
     "Run": "run",
     "explain": "explanation",
     "fit": "fitting",
+    "mc_dropout": "sampling.dropping",
+    "mc_predict": "sampling.predict",
     "parse": "cocktail",
     "path": "paths.path",
     "shrink": "surgery.shrink",
