@@ -138,7 +138,9 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         draws, cut = [d for m in marks for d in m.draws], any(m.cut for m in marks)
         if op == "copy" and id(inputs[0]) not in self._marks:
             inputs = inputs[1:]  # what is written over is no data
-        data = [t for t in inputs if id(t) not in self._marks and t.is_floating_point() and t.numel() > 1]
+        size = max((m.tensor.numel() for m in marks), default=0)
+        others = [t for t in inputs if id(t) not in self._marks and t.is_floating_point() and t.ndim]
+        data = [t for t in others if t.numel() > 1 or size == 1]  # one number beside many is a rate
         if op in _READS:
             for draw in draws:  # a layer that decides for itself may as well turn images round
                 self._settle([draw], "decides" if draw.owner in self._containers else "asks")
