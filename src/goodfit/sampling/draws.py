@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ _CUTS = {"argsort", "ceil", "eq", "floor", "ge", "gt", "heaviside", "le", "lt", 
 _COMPARE = {"ge", "gt", "le", "lt"}
 _SELECT = {"gather", "index", "index_select", "take"}
 _READS = {"_local_scalar_dense", "is_nonzero", "nonzero"}
+_SCALES = {"_to_copy", "alias", "clone", "copy", "div", "expand", "mul", "squeeze", "unsqueeze", "view", "_unsafe_view"}
 _RECURRENT = {"_cudnn_rnn", "miopen_rnn"}
 _RATES = {"dropout", "dropout_p"}
 
@@ -39,7 +40,8 @@ class Draw:
 
     op: str
     stack: tuple[str, ...]
-    kind: str = ""  # "drops", "decides", "asks" or "noise"; "" while nothing has used it
+    kind: str = ""  # "drops", "decides", "asks", "noise" or "idle"; "" while nothing has used it
+    used: set[str] = field(default_factory=set)  # by which operations, up to where it meets the data
 
     @property
     def owner(self) -> str:
@@ -49,10 +51,15 @@ class Draw:
     def drops(self) -> bool:
         return self.kind in {"drops", "decides"}
 
+    @property
+    def scales(self) -> bool:
+        """Whether it is a mask with which the data is multiplied, so that its mean can take its place."""
+        return self.op == "bernoulli" and self.used <= _SCALES
+
 
 @dataclass
 class _Mark:
-    """A tensor that is computed from draws alone; it is held so that its identity stays its own."""
+    """A tensor that is computed from draws alone; it is held so that its storage, by which it is known, stays its own."""
 
     tensor: Tensor
     draws: list[Draw]
@@ -64,9 +71,10 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     sizes: of what is drawn and of what is computed from draws alone, in order. outside: modules that draw from Python's or
     NumPy's generator, which no dispatch sees. largest: bytes of the largest tensor that was computed, views of weights aside.
+    means: let each mask be its mean.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, means: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws: list[Draw] = []
         self.sizes: list[int] = []
@@ -78,6 +86,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self._stack = [""]
         self._marks: dict[int, _Mark] = {}
+        self._means = means
         self._hooks = ExitStack()
         self._elsewhere = _elsewhere()
 
@@ -117,7 +126,9 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.largest = max([self.largest, *(t.nbytes for t in outputs if t.untyped_storage().data_ptr() not in self._weights)])
         if _random(func, op, args, kwargs):
             self._drawn(func, op, outputs)
-        elif any(id(t) in self._marks for t in inputs):
+            if self._means and op == "bernoulli":
+                outputs[0].copy_(torch.as_tensor(dict(_told(func, args, kwargs)).get("p", args[0])))
+        elif any(_place(t) in self._marks for t in inputs):
             self._used(op, args, inputs, outputs)
         return output
 
@@ -134,18 +145,20 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _used(self, op: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """What becomes of numbers that come from draws: a mask, other random numbers, or a change of the data."""
-        marks = [self._marks[id(t)] for t in inputs if id(t) in self._marks]
+        marks = [self._marks[_place(t)] for t in inputs if _place(t) in self._marks]
         draws, cut = [d for m in marks for d in m.draws], any(m.cut for m in marks)
-        if op == "copy" and id(inputs[0]) not in self._marks:
+        for draw in draws:
+            draw.used.add(op)
+        if op == "copy" and _place(inputs[0]) not in self._marks:
             inputs = inputs[1:]  # what is written over is no data
         size = max((m.tensor.numel() for m in marks), default=0)
-        others = [t for t in inputs if id(t) not in self._marks and t.is_floating_point() and t.ndim]
+        others = [t for t in inputs if _place(t) not in self._marks and t.is_floating_point() and t.ndim]
         data = [t for t in others if t.numel() > 1 or size == 1]  # one number beside many is a rate
         if op in _READS:
             for draw in draws:  # a layer that decides for itself may as well turn images round
                 self._settle([draw], "decides" if draw.owner in self._containers else "asks")
-        elif op in _COMPARE and _settled([a for a in args if id(a) not in self._marks], draws):
-            return
+        elif op in _COMPARE and _settled([a for a in args if not isinstance(a, Tensor) or _place(a) not in self._marks], draws):
+            self._settle(draws, "idle")
         elif op in _CUTS or not data:
             self.sizes.append(sum(t.numel() for t in outputs))
             self._mark(outputs, draws, cut or op in _CUTS)
@@ -153,16 +166,20 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             whole = op in _SELECT and outputs[0].numel() >= data[0].numel()  # a permutation
             self._settle(draws, "drops" if cut and not whole else "noise")
             for t in outputs:  # what was written over in place is data now
-                self._marks.pop(id(t), None)
+                self._marks.pop(_place(t), None)
 
     def _mark(self, outputs: list[Tensor], draws: list[Draw], cut: bool) -> None:
         for t in outputs:
-            self._marks[id(t)] = _Mark(t, draws, cut)
+            self._marks[_place(t)] = _Mark(t, draws, cut)
 
     @staticmethod
     def _settle(draws: list[Draw], kind: str) -> None:
         for draw in draws:
             draw.kind = draw.kind or kind
+
+
+def _place(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
 
 
 def _random(func: Any, op: str, args: Any, kwargs: Any) -> bool:

@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.sampling.kept import fresh, modes_kept, noise_kept, seeded
-from goodfit.sampling.survey import Survey, observing, own_layers, set_modes, survey
+from goodfit.sampling.observe import observing, set_modes
+from goodfit.sampling.survey import Survey, own_layers, survey
 from goodfit.surgery.trace import call_model
 
 __all__ = ["Dropping", "mc_dropout"]
@@ -45,13 +46,8 @@ class Dropping:
     def look(self, call: Callable[[], Any]) -> Survey:
         """Find all that drops by running the model, and switch it on."""
         found = survey(self._model, call)
-        for name in found.doubts:
-            kind = type(self._model.get_submodule(name)).__name__
-            warnings.warn(
-                f"mc_dropout leaves {name or 'the model'} ({kind}) in eval mode: {found.off[name]}.",
-                GoodfitWarning,
-                stacklevel=4,
-            )
+        for line in found.doubts:
+            warnings.warn(f"mc_dropout {line}.", GoodfitWarning, stacklevel=4)
         self.survey, self._on = found, set(found.on)
         set_modes(self._model, self._on)
         return found

@@ -12,9 +12,10 @@ from goodfit.errors import GoodfitError
 from goodfit.losses import loss_of
 from goodfit.sampling.dropping import mc_dropout
 from goodfit.sampling.kept import buffers_kept, fresh
+from goodfit.sampling.observe import observe
 from goodfit.sampling.prediction import Prediction, of_classes, of_numbers, probabilities
 from goodfit.sampling.rows import answer_of, repeated, rows_of, sliced
-from goodfit.sampling.survey import Survey, observe
+from goodfit.sampling.survey import Survey
 from goodfit.surgery.proof import largest_error
 from goodfit.surgery.trace import call_model
 

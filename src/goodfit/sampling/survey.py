@@ -6,102 +6,45 @@ form of the outputs are found by halving, and stay in eval mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.noise import Noisy
-from goodfit.sampling.draws import Draw, Draws
-from goodfit.sampling.kept import buffers_kept, modes_kept, noise_kept, seeded
+from goodfit.sampling.observe import Pass, observe
+from goodfit.surgery.proof import largest_error
 from goodfit.surgery.trace import must_run
 
-__all__ = ["Pass", "Survey", "observe", "observing", "own_layers", "set_modes", "survey"]
+__all__ = ["Survey", "own_layers", "survey"]
 
 _SEEDS = range(4)  # a layer that its model skips at random is seen in one of these passes, or known by its class
 
-_OBSERVING: ContextVar[bool] = ContextVar("observing", default=False)
+_REASONS = {"noise": "it draws ({}) and drops nothing", "asks": "it decides something by a random number ({})"}
+_REASONS[""] = "it draws ({}) and what becomes of that is not seen"
 _OTHER = "in train mode it returns outputs of another form"
-
-
-@dataclass
-class Pass:
-    """One run of the model: its output and form, what it drew, and which buffers it changed."""
-
-    output: Any = None
-    form: Any = None
-    problem: str = ""
-    draws: Draws = field(repr=False, default=None)  # type: ignore[assignment]
-    written: frozenset[str] = frozenset()
-
-    @property
-    def dropping(self) -> list[Draw]:
-        return [d for d in self.draws.draws if d.drops]
-
-    @property
-    def owners(self) -> set[str]:
-        return {d.owner for d in self.dropping}
 
 
 @dataclass(frozen=True)
 class Survey:
     """on: the modules to put into train mode. off: those that draw in training, or cannot train, and why they stay in
-    eval mode. doubts: those of them that might drop. still: the pass in eval mode. moving: one with dropout on."""
+    eval mode. doubts: what a user must be told. still: the pass in eval mode. moving: one with dropout on."""
 
     on: tuple[str, ...]
     off: dict[str, str]
-    doubts: tuple[str, ...]
+    doubts: list[str]
     still: Pass
     moving: Pass
-
-
-def set_modes(model: nn.Module, on: Iterable[str]) -> None:
-    """Train mode for some modules by name, eval mode for all others."""
-    chosen = set(on)
-    for name, module in model.named_modules():
-        module.training = name in chosen
 
 
 def own_layers(model: nn.Module) -> set[str]:
     """Layers that drop by their class: torch's, and those of ours."""
     return {name for name, m in model.named_modules() if isinstance(m, _DropoutNd | Noisy)}
-
-
-def observe(model: nn.Module, call: Callable[[], Any], on: Iterable[str], seed: int = 0) -> Pass:
-    """Run the model with some modules in train mode; it stays as it was."""
-    seen = Pass(draws=Draws(model))
-    with ExitStack() as stack:
-        stack.callback(_OBSERVING.reset, _OBSERVING.set(True))
-        stack.enter_context(modes_kept(model))
-        stack.enter_context(buffers_kept(model))
-        stack.enter_context(noise_kept(model, seed))
-        stack.enter_context(seeded(model, seed))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        set_modes(model, on)
-        before = {name: b.clone() for name, b in model.named_buffers()}
-        try:
-            with seen.draws:
-                seen.output = call()
-        except Exception as problem:
-            seen.problem = f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0]}"
-            seen.output = problem
-        seen.form = _form(seen.output)
-        after = dict(model.named_buffers())
-        seen.written = frozenset(n for n, b in before.items() if n not in after or not _same(after[n], b))
-    return seen
-
-
-def observing() -> bool:
-    """Whether a model is being observed, so that its modes are not those of a user's call."""
-    return _OBSERVING.get()
 
 
 def survey(model: nn.Module, call: Callable[[], Any]) -> Survey:
@@ -122,7 +65,9 @@ def survey(model: nn.Module, call: Callable[[], Any]) -> Survey:
         on |= _missing(model, call, on, seed, wanted) - unfit.keys()
     on -= unfit.keys()
     moving = _proved(model, call, on, still, passes)
-    off, doubts = _left_off(on, passes, still, unfit)
+    off, might = _left_off(on, passes, still, unfit)
+    doubts = [f"leaves {_shown(model, name)} in eval mode: {off[name]}" for name in sorted(might)]
+    doubts += _beside(model, call, on, still, moving)
     return Survey(tuple(name for name, _ in model.named_modules() if name in on), off, doubts, still, moving)
 
 
@@ -200,38 +145,37 @@ def _proved(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass
     return first
 
 
-def _left_off(on: set[str], passes: list[Pass], still: Pass, unfit: dict[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+def _left_off(on: set[str], passes: list[Pass], still: Pass, unfit: dict[str, str]) -> tuple[dict[str, str], set[str]]:
+    """Modules in eval mode that draw in training, with the reason; and those of them that might drop."""
     off, doubts = dict(unfit), {name for name, reason in unfit.items() if reason != _OTHER}
     quiet = {(d.owner, d.op) for d in still.draws.draws}
     for seen in passes:
         for d in seen.draws.draws:
-            if d.owner in on or (d.owner, d.op) in quiet:
+            if d.owner in on or (d.owner, d.op) in quiet or d.kind == "idle":
                 continue
-            if d.kind == "noise":
-                off[d.owner] = f"adds noise ({d.op}), and drops nothing"
-            elif d.kind == "asks":
-                off[d.owner] = f"decides something by a random number ({d.op})"
-                doubts.add(d.owner)
+            off[d.owner] = _REASONS[d.kind].format(d.op)
+            doubts |= set() if d.kind == "noise" else {d.owner}
         for name in seen.draws.outside - still.draws.outside - on:
-            off[name] = "draws from Python's or NumPy's generator, which cannot be followed"
+            off[name] = "it draws from Python's or NumPy's generator, which cannot be followed"
             doubts.add(name)
-    return off, tuple(sorted(doubts))
+    return off, doubts
+
+
+def _beside(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass, moving: Pass) -> list[str]:
+    """What modules that drop do besides: noise, and, where each mask can be its mean, anything that changes the outputs."""
+    quiet = {(d.owner, d.op) for d in still.draws.draws}
+    noisy = {d.owner: d.op for d in moving.draws.draws if d.kind == "noise" and (d.owner, d.op) not in quiet}
+    told = [f"lets {_shown(model, name)} drop, which also adds noise ({op})" for name, op in sorted(noisy.items())]
+    if told or still.draws.draws or not all(d.scales for d in moving.draws.draws):
+        return told
+    mean = observe(model, call, on, means=True)
+    error = float("inf") if mean.problem else largest_error(list(tensors_in(still.output)), list(tensors_in(mean.output)))[0]
+    return (
+        [f"finds that {type(model).__name__} computes more than dropout in the modules that drop in training"]
+        if error > 1
+        else []
+    )
 
 
 def _shown(model: nn.Module, name: str) -> str:
     return f"{name} ({type(model.get_submodule(name)).__name__})" if name else type(model).__name__
-
-
-def _form(value: Any) -> Any:
-    """Types, names and shapes of what a model returns."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, dict):
-        return type(value), tuple((key, _form(one)) for key, one in value.items())
-    if isinstance(value, list | tuple):
-        return type(value), tuple(_form(one) for one in value)
-    return type(value)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
