@@ -88,9 +88,10 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marks: dict[int, _Mark] = {}
         self._means = means
         self._hooks = ExitStack()
-        self._elsewhere = _elsewhere()
+        self._elsewhere: Any = None
 
     def __enter__(self) -> Draws:
+        self._elsewhere = _elsewhere()
         # global hooks: a hook on a module would switch off the fast paths of torch's transformer layers, which skip dropout
         self._hooks.callback(register_module_forward_pre_hook(self._enters).remove)
         self._hooks.callback(register_module_forward_hook(self._leaves, always_call=True).remove)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from goodfit.sampling.dropping import mc_dropout
 from goodfit.sampling.kept import buffers_kept, fresh
 from goodfit.sampling.observe import observe
 from goodfit.sampling.prediction import Prediction, of_classes, of_numbers, probabilities
-from goodfit.sampling.rows import answer_of, repeated, rows_of, sliced
+from goodfit.sampling.rows import answer_of, beside, other, repeated, rows_of, sliced
 from goodfit.sampling.survey import Survey
 from goodfit.surgery.proof import largest_error
 from goodfit.surgery.trace import call_model
@@ -90,20 +91,22 @@ def _limit(found: Survey, rows: int, batch_size: int | None) -> int:
 def _apart(model: nn.Module, x: Any, found: Survey) -> bool:
     """Whether rows can stand side by side: none acts on another, and every mask is drawn for each row.
 
-    A batch of two copies must give the eval outputs twice; what it draws, and computes from draws alone, must be twice as
-    much. A mask that rows share stays as large as it was.
+    Beside rows of other numbers the eval outputs must be what they were, and twice the rows must draw, and compute from draws
+    alone, twice as much: a mask that rows share stays as large as it was.
     """
-    twice = repeated(x, 2)
-    still = observe(model, lambda: call_model(model, fresh(twice)), ())
-    if still.problem or still.draws.draws:
+    rest = other(x)
+    both = beside(x, rest)
+    alone, together = (observe(model, partial(_call, model, one), ()) for one in (rest, both))
+    if alone.problem or together.problem or together.draws.draws or alone.form != found.still.form:
         return False
-    one = answer_of(found.still.output)
-    if one.ndim == 0 or len(one) != rows_of(x) or largest_error([torch.cat([one, one])], [answer_of(still.output)])[0] > 1:
+    answers = [answer_of(one.output) for one in (found.still, alone, together)]
+    if answers[0].ndim == 0 or len(answers[0]) != rows_of(x):
         return False
-    moving = observe(model, lambda: call_model(model, fresh(twice)), found.on)
-    sizes = found.moving.draws.sizes
+    if largest_error([torch.cat(answers[:2])], answers[2:])[0] > 1:
+        return False
+    moving = observe(model, partial(_call, model, both), found.on)
     decides = any(d.kind == "decides" for d in (*moving.dropping, *found.moving.dropping))
-    return not moving.problem and not decides and moving.draws.sizes == [2 * n for n in sizes]
+    return not moving.problem and not decides and moving.draws.sizes == [2 * n for n in found.moving.draws.sizes]
 
 
 def _side_by_side(model: nn.Module, x: Any, samples: int, limit: int) -> Tensor:
@@ -114,11 +117,15 @@ def _side_by_side(model: nn.Module, x: Any, samples: int, limit: int) -> Tensor:
         copies = max(1, limit // count)
         for done in range(0, samples, copies):
             some = min(copies, samples - done)
-            answer = answer_of(call_model(model, fresh(repeated(piece, some))))
+            answer = answer_of(_call(model, repeated(piece, some)))
             drawn.append(answer.view(some, count, *answer.shape[1:]))
         pieces.append(torch.cat(drawn))
     return torch.cat(pieces, 1)
 
 
 def _in_turn(model: nn.Module, x: Any, samples: int) -> Tensor:
-    return torch.stack([answer_of(call_model(model, fresh(x))) for _ in range(samples)])
+    return torch.stack([answer_of(_call(model, x)) for _ in range(samples)])
+
+
+def _call(model: nn.Module, x: Any) -> Any:
+    return call_model(model, fresh(x))

@@ -11,7 +11,7 @@ from torch import Tensor
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 
-__all__ = ["answer_of", "repeated", "rows_of", "sliced"]
+__all__ = ["answer_of", "beside", "other", "repeated", "rows_of", "sliced"]
 
 
 def rows_of(x: Any) -> int:
@@ -29,6 +29,30 @@ def sliced(x: Any, start: int, stop: int) -> Any:
     """The rows from start to stop."""
     rows = rows_of(x)
     return _mapped(x, lambda t: t[start:stop] if t.ndim and len(t) == rows else t)
+
+
+def other(x: Any) -> Any:
+    """As many rows of other numbers that a model may take: the first row everywhere, reals scaled, integers turned round."""
+    rows = rows_of(x)
+
+    def changed(t: Tensor) -> Tensor:
+        if not t.ndim or len(t) != rows:
+            return t
+        first = t[:1].expand_as(t)
+        return -2 * first if t.is_floating_point() else first.flip(1) if t.ndim > 1 else first
+
+    return _mapped(x, changed)
+
+
+def beside(x: Any, y: Any) -> Any:
+    """The rows of x and then those of y, a batch of the same form."""
+    rows, more = rows_of(x), tensors_in(y)
+
+    def joined(t: Tensor) -> Tensor:
+        following = next(more)
+        return torch.cat([t, following]) if t.ndim and len(t) == rows else t
+
+    return _mapped(x, joined)
 
 
 def _mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
