@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet
     from goodfit.run import Run as Run
+    from goodfit.sampling.dropping import mc_dropout as mc_dropout
+    from goodfit.sampling.predict import mc_predict as mc_predict
+    from goodfit.sampling.prediction import Prediction as Prediction
     from goodfit.small_batches import merge_last as merge_last
     from goodfit.surgery.shrink import shrink as shrink
 
@@ -65,6 +68,7 @@ _NAMES = {
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
     "Path": "paths.result",
+    "Prediction": "sampling.prediction",
     "Run": "run",
     "VarianceShift": "batchnorms.variance_shift",
     "convert_batchnorm": "batchnorms.convert",
@@ -73,6 +77,8 @@ _NAMES = {
     "freeze_batchnorm": "batchnorms.freeze",
     "merge_last": "small_batches",
     "fold_batchnorm": "batchnorms.fold",
+    "mc_dropout": "sampling.dropping",
+    "mc_predict": "sampling.predict",
     "parse": "cocktail",
     "path": "paths.path",
     "recalibrate": "batchnorms.recalibrate",

@@ -7,6 +7,8 @@ what the uninterrupted one would have drawn, and two ranks draw apart where they
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +78,17 @@ class Noisy:
         self.name, self.clock, self.rank = name, clock, rank
         self.seed.fill_(seed)
         self._now, self._calls, self._pending = (-1, 0), 0, 0
+
+    @contextmanager
+    def aside(self, name: str, seed: int, clock: Clock) -> Iterator[None]:
+        """Draw by other numbers for a while, then go on as if nothing had been drawn."""
+        own, before = self.seed.clone(), (self.name, self.clock, self.rank, self._now, self._calls, self._pending)
+        self.bind(name, seed, clock, self.rank)
+        try:
+            yield
+        finally:
+            self.seed.copy_(own)
+            self.name, self.clock, self.rank, self._now, self._calls, self._pending = before
 
     def draw(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Float32 numbers in [0, 1), new ones at each call of a step."""

@@ -1,0 +1,181 @@
+"""Which modules of a model drop, found by running it: once in eval mode, once with all modules in train mode.
+
+A module whose own code draws masks in training is one that drops. Modules that cannot be in train mode without changing the
+form of the outputs are found by halving, and stay in eval mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from goodfit.dataflow.flows import tensors_in
+from goodfit.errors import GoodfitError
+from goodfit.noise import Noisy
+from goodfit.sampling.observe import Pass, observe
+from goodfit.surgery.proof import largest_error
+from goodfit.surgery.trace import must_run
+
+__all__ = ["Survey", "own_layers", "survey"]
+
+_SEEDS = range(4)  # a layer that its model skips at random is seen in one of these passes, or known by its class
+
+_REASONS = {"noise": "it draws ({}) and drops nothing", "asks": "it decides something by a random number ({})"}
+_REASONS[""] = "it draws ({}) and what becomes of that is not seen"
+_OTHER = "in train mode it returns outputs of another form"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """on: the modules to put into train mode. off: those that draw in training, or cannot train, and why they stay in
+    eval mode. doubts: what a user must be told. still: the pass in eval mode. moving: one with dropout on."""
+
+    on: tuple[str, ...]
+    off: dict[str, str]
+    doubts: list[str]
+    still: Pass
+    moving: Pass
+
+
+def own_layers(model: nn.Module) -> set[str]:
+    """Layers that drop by their class: torch's, and those of ours."""
+    return {name for name, m in model.named_modules() if isinstance(m, _DropoutNd | Noisy)}
+
+
+def survey(model: nn.Module, call: Callable[[], Any]) -> Survey:
+    """Find what must be in train mode for everything to drop that drops in training, and prove that it does."""
+    still = observe(model, call, ())
+    if still.problem:
+        raise must_run(model, still.output)
+    trained, unfit = _trained(model, call, still)
+    owners, passes = set(trained.owners), [trained]
+    for seed in _SEEDS[1:]:
+        if not any(d.kind == "decides" for d in trained.dropping):
+            break
+        passes.append(observe(model, call, _candidates(model) - unfit.keys(), seed))
+        owners |= passes[-1].owners
+    called = set().union(*(p.draws.called for p in passes))
+    on = _alike(model, owners, called) | own_layers(model)
+    for seed, wanted in zip(_SEEDS, passes, strict=False):
+        on |= _missing(model, call, on, seed, wanted) - unfit.keys()
+    on -= unfit.keys()
+    moving = _proved(model, call, on, still, passes)
+    off, might = _left_off(on, passes, still, unfit)
+    doubts = [f"leaves {_shown(model, name)} in eval mode: {off[name]}" for name in sorted(might)]
+    doubts += _beside(model, call, on, still, moving)
+    return Survey(tuple(name for name, _ in model.named_modules() if name in on), off, doubts, still, moving)
+
+
+def _candidates(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if not isinstance(m, _NormBase)}
+
+
+def _trained(model: nn.Module, call: Callable[[], Any], still: Pass) -> tuple[Pass, dict[str, str]]:
+    """A pass with all modules in train mode but those that change the form of the outputs by it, and these with the reason."""
+    chosen, unfit, best = set[str](), dict[str, str](), still
+
+    def add(group: list[str], first: bool = False) -> None:
+        nonlocal chosen, best
+        if not group:
+            return
+        tried = observe(model, call, chosen | set(group))
+        if not tried.problem and tried.form == still.form:
+            chosen, best = chosen | set(group), tried
+        elif len(group) == 1:
+            unfit[group[0]] = _why(model, group[0], tried)
+        else:
+            half = 1 if first else len(group) // 2  # most often it is the model itself
+            add(group[:half])
+            add(group[half:])
+
+    add([name for name, _ in model.named_modules() if name in _candidates(model)], first=True)
+    return best, unfit
+
+
+def _why(model: nn.Module, name: str, tried: Pass) -> str:
+    reason = f"in train mode it fails with {tried.problem}" if tried.problem else _OTHER
+    if name in tried.owners:
+        raise GoodfitError(
+            f"mc_dropout cannot let {_shown(model, name)} drop: {reason}; move its dropout into a layer of its own."
+        )
+    return reason
+
+
+def _alike(model: nn.Module, owners: set[str], called: set[str]) -> set[str]:
+    """The owners, and the modules of their classes that no pass has met."""
+    kinds = {type(m) for name, m in model.named_modules() if name in owners}
+    return owners | {name for name, m in model.named_modules() if name not in called and type(m) in kinds}
+
+
+def _missing(model: nn.Module, call: Callable[[], Any], on: set[str], seed: int, wanted: Pass) -> set[str]:
+    """What stands around the modules that drop in training, but not with `on` alone, as within a fused eval path."""
+    lost = wanted.owners - observe(model, call, on, seed).owners
+    return {name for d in wanted.dropping if d.owner in lost for name in d.stack if name in _candidates(model)}
+
+
+def _proved(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass, passes: list[Pass]) -> Pass:
+    moving = [observe(model, call, on, seed) for seed in _SEEDS[: len(passes)]]
+    first, kind = moving[0], type(model).__name__
+    bad = next((p for p in moving if p.problem or p.form != still.form), None)
+    if bad is not None:
+        shown = bad.problem or "outputs of another form"
+        raise GoodfitError(f"mc_dropout cannot run {kind} with dropout on and the rest in eval mode, got {shown}.")
+    written = sorted(first.written - still.written)
+    if written:
+        raise GoodfitError(
+            f"mc_dropout must leave buffers alone, but {kind} updates {written[0]!r} in the same module that drops: "
+            "move its dropout into a layer of its own."
+        )
+    lost = set().union(*(p.owners for p in passes)) - set().union(*(p.owners for p in moving))
+    if lost:
+        raise GoodfitError(
+            f"mc_dropout cannot let {_shown(model, min(lost))} drop while the rest of {kind} is in eval mode: "
+            "it asks another module than itself whether it trains; let it read its own `training`."
+        )
+    if not any(p.dropping for p in moving):
+        raise GoodfitError(
+            f"mc_dropout finds nothing that drops in {kind}, or only rates of 0, so all samples would be equal: put "
+            "goodfit.Dropout(p) in and train with it first."
+        )
+    return first
+
+
+def _left_off(on: set[str], passes: list[Pass], still: Pass, unfit: dict[str, str]) -> tuple[dict[str, str], set[str]]:
+    """Modules in eval mode that draw in training, with the reason; and those of them that might drop."""
+    off, doubts = dict(unfit), {name for name, reason in unfit.items() if reason != _OTHER}
+    quiet = {(d.owner, d.op) for d in still.draws.draws}
+    for seen in passes:
+        for d in seen.draws.draws:
+            if d.owner in on or (d.owner, d.op) in quiet or d.kind == "idle":
+                continue
+            off[d.owner] = _REASONS[d.kind].format(d.op)
+            doubts |= set() if d.kind == "noise" else {d.owner}
+        for name in seen.draws.outside - still.draws.outside - on:
+            off[name] = "it draws from Python's or NumPy's generator, which cannot be followed"
+            doubts.add(name)
+    return off, doubts
+
+
+def _beside(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass, moving: Pass) -> list[str]:
+    """What modules that drop do besides: noise, and, where each mask can be its mean, anything that changes the outputs."""
+    quiet = {(d.owner, d.op) for d in still.draws.draws}
+    noisy = {d.owner: d.op for d in moving.draws.draws if d.kind == "noise" and (d.owner, d.op) not in quiet}
+    told = [f"lets {_shown(model, name)} drop, which also adds noise ({op})" for name, op in sorted(noisy.items())]
+    if told or still.draws.draws or not all(d.scales for d in moving.draws.draws):
+        return told
+    mean = observe(model, call, on, means=True)
+    error = float("inf") if mean.problem else largest_error(list(tensors_in(still.output)), list(tensors_in(mean.output)))[0]
+    return (
+        [f"finds that {type(model).__name__} computes more than dropout in the modules that drop in training"]
+        if error > 1
+        else []
+    )
+
+
+def _shown(model: nn.Module, name: str) -> str:
+    return f"{name} ({type(model.get_submodule(name)).__name__})" if name else type(model).__name__
