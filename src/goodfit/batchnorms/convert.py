@@ -63,7 +63,7 @@ def convert_batchnorm(
     Formula:  "sync": torch's SyncBatchNorm, statistics over all processes. "ghost": in training, statistics of each `size`
               consecutive rows of what the norm gets; eval is a batch norm's. "group": per row, y = γ · z + β with z =
               (x − mean) / √(var + eps) over groups of channels, and with the γ and β per channel that least squares find:
-              min Σ (γz + β − t)², where t is what the batch norm said in eval mode, and z is behind the norms before as converted.
+              min Σ (γz + β − t)², where t is what the batch norm said in eval mode, and z stands behind converted norms.
     Shapes:   unchanged. Modules stay the same objects of another class: modes, hooks, sharing, frozen parameters and what the
               optimizer knows stay. `state_dict` keys stay for "sync" and "ghost"; a group norm has no running statistics. A
               subclass that goes on to layers of its own, such as a norm with an activation in it, does so afterwards.
