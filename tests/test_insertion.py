@@ -24,6 +24,9 @@ from goodfit.surgery.trace import call_model
 
 ROWS, SERIES, IMAGES = torch.randn(4, 6), torch.randn(4, 5, 6), torch.randn(2, 3, 8, 8)
 
+EVERY = [Dropout(0.5), BatchNorm(), gf.ChannelDropout(), gf.AlphaDropout(), gf.GaussianDropout(), gf.DropBlock()]
+EVERY += [gf.InputDropout()]
+
 
 class Net(nn.Module):
     """A model from named layers and a function that calls them."""
@@ -429,7 +432,7 @@ def test_building_leaves_all_else_as_it_was(one: gf.phases.Build) -> None:
     assert not any(p.requires_grad and p.grad is None for n, p in model.named_parameters() if "batchnorm" not in n)
 
 
-@pytest.mark.parametrize("one", [Dropout(0.5), BatchNorm()])
+@pytest.mark.parametrize("one", EVERY)
 def test_a_model_that_fails_on_the_example_is_left_as_it_was_and_named(one: gf.phases.Build) -> None:
     model = mlp()
     model[2].eval()
@@ -455,7 +458,7 @@ def wrapped(how: str) -> nn.Module:
     return make[how](mlp())
 
 
-@pytest.mark.parametrize("one", [Dropout(0.5), BatchNorm()])
+@pytest.mark.parametrize("one", EVERY)
 @pytest.mark.parametrize("how", ["DataParallel", "DDP", "compiled", "compiled in place", "script"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wrappers_are_refused(one: gf.phases.Build, how: str) -> None:
@@ -463,7 +466,7 @@ def test_wrappers_are_refused(one: gf.phases.Build, how: str) -> None:
         one.build(wrapped(how), torch.randn(4, 6))
 
 
-@pytest.mark.parametrize("one", [Dropout(0.5), BatchNorm()])
+@pytest.mark.parametrize("one", EVERY)
 def test_a_bare_leaf_is_refused(one: gf.phases.Build) -> None:
     with pytest.raises(GoodfitError, match=r"got a single Linear; wrap it in nn\.Sequential"):
         one.build(nn.Linear(6, 1), torch.randn(4, 6))
