@@ -183,12 +183,20 @@ def test_a_failure_of_a_hook_before_ours_pops_nothing_of_others() -> None:
 def test_models_without_attention_are_refused_and_attention_without_dropout_is_told() -> None:
     with pytest.raises(GoodfitError, match="found no attention in Sequential: use nn"):
         AttentionDropout(0.5).build(nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Dropout()).double()[:2], X)
-    with pytest.raises(GoodfitError, match="'0' multiplies by a softmax without dropout"):
+    with pytest.raises(GoodfitError, match="'0' has a softmax without dropout on it"):
         AttentionDropout(0.5).build(net("plain"), X)
     mixed = nn.Sequential(Attention("plain"), Attention("layer")).double()
-    with pytest.warns(GoodfitWarning, match="leaves out 0: the code multiplies by a softmax without dropout"):
+    with pytest.warns(GoodfitWarning, match="leaves out 0: the code has a softmax without dropout on it"):
         AttentionDropout(0.5).build(mixed, X)
     assert mixed[1].drop.p == 0.5
+
+    class TalkingHeads(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            heads = torch.softmax(x[:, None] @ x[:, None].mT, -1).expand(-1, 2, -1, -1)
+            return super().forward(F.dropout(heads.sin(), 0.1, self.training).sum(1) @ x)
+
+    with pytest.warns(GoodfitWarning, match="leaves out 0: the code has a softmax"):
+        AttentionDropout(0.5).build(nn.Sequential(TalkingHeads("sdpa")).double(), X)
 
 
 def test_the_root_itself_may_attend() -> None:

@@ -33,7 +33,7 @@ _PRODUCTS = {"baddbmm", "bmm", "einsum", "matmul", "rmatmul"}
 @dataclass
 class Attending:
     """What attends in one run: torch's attention modules, dropout layers behind a softmax, modules whose code calls the
-    functions, and those that multiply by a softmax without dropout."""
+    functions, and those that have a softmax without dropout on it."""
 
     numbers: list[str] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
@@ -66,6 +66,8 @@ class _Watch(TorchFunctionMode):
         self.found = Attending()
         self.softmaxes, self.dropped = _Softmaxes(), _Softmaxes()
         self.within: list[tuple[str, nn.Module | None]] = [("", None)]
+        self.heads: list[str] = []  # whose code has a softmax for each of several heads
+        self.served: set[str] = set()  # whose code has dropout on a softmax
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output, name, where = func(*args, **(kwargs or {})), function_name(func), self.within[-1]
@@ -76,8 +78,11 @@ class _Watch(TorchFunctionMode):
             self.dropped.known |= {id(t): t for t in tensors_in(output)}
             if not isinstance(where[1], _DropoutNd):
                 self.found.callers.append(where[0])
+                self.served.add(where[0])
         elif name in _PRODUCTS and self.softmaxes.among(given) and not self.dropped.among(given):
             self.found.without.append(where[0])
+        elif name == "softmax" and output.ndim >= 4:
+            self.heads.append(self.within[-2 if isinstance(where[1], nn.Softmax) else -1][0])
         self.softmaxes.note(name, given, output)
         self.dropped.note(name if name in _KEEPS else "", given, output)
         return output
@@ -90,6 +95,7 @@ class _Watch(TorchFunctionMode):
             given = args or tuple(kwargs.values())
             if isinstance(module, _DropoutNd) and self.softmaxes.has(given):
                 self.found.layers.append(name)
+                self.served.add(self.within[-2][0])
                 self.dropped.known[id(given[0])] = given[0]
 
         return hook
@@ -114,6 +120,7 @@ def attending(model: nn.Module, example: Any) -> Attending:
         except Exception as error:
             raise must_run(model, error) from error
     found = watch.found
+    found.without += [name for name in watch.heads if name not in watch.served]
     return Attending(*(list(dict.fromkeys(names)) for names in (found.numbers, found.layers, found.callers, found.without)))
 
 
