@@ -170,7 +170,7 @@ REFUSED = {
     "only constants": (("fit", "constant.csv", "--target", "y"), "none that can be used (a: left out, constant)"),
     "infinite number": (("fit", "inf.csv", "--target", "y"), "--missing inf"),
     "identifier target": (("fit", "churn.csv", "--target", "id"), "too many for classes"),
-    "unknown regularizer": (("fit", "churn.csv", "--target", "churn", "--cocktail", "Dropuot(.1)"), "did you mean Dropout?"),
+    "unknown regularizer": (("fit", "churn.csv", "--target", "churn", "--cocktail", "Dropuot(.1)"), "did you mean Dropout or "),
     "number out of range": (("fit", "churn.csv", "--target", "churn", "--cocktail", "L2(lam=-1)"), "L2.lam must be >= 0"),
     "unknown number": (("fit", "churn.csv", "--target", "churn", "--cocktail", "L2(lma=1)"), "did you mean lam?"),
     "code in a cocktail": (("fit", "churn.csv", "--target", "churn", "--cocktail", "__import__('os')"), "knows no regularizer"),

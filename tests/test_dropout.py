@@ -80,7 +80,7 @@ def mlp(*between: nn.Module, depth: int = 2) -> nn.Sequential:
 
 def cnn(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation(), nn.Conv2d(4, 5, 3), activation(), nn.Flatten(), nn.LazyLinear(2)
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation(), nn.Conv2d(4, 5, 3), activation(), nn.Flatten(), nn.Linear(100, 2)
     )
 
 
@@ -149,9 +149,16 @@ def test_gradients_flow_through_what_is_kept(kind: str) -> None:
     torch.testing.assert_close(layer(x + 1) - y, x.grad, rtol=1e-9, atol=1e-9)  # all are affine in x for one mask
 
 
-@pytest.mark.parametrize(("shape", "axis", "mask"), [((50, 40), 1, (50, 40)), ((50, 40, 3), 1, (50, 40, 1))] + [
-    ((50, 40, 2, 3), 1, (50, 40, 1, 1)), ((50, 2, 40), -1, (50, 1, 40)), ((50, 2, 3, 2, 40), -1, (50, 1, 1, 1, 40))
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "axis", "mask"),
+    [
+        ((50, 40), 1, (50, 40)),
+        ((50, 40, 3), 1, (50, 40, 1)),
+        ((50, 40, 2, 3), 1, (50, 40, 1, 1)),
+        ((50, 2, 40), -1, (50, 1, 40)),
+        ((50, 2, 3, 2, 40), -1, (50, 1, 1, 1, 40)),
+    ],
+)
 @pytest.mark.parametrize("p", [0.1, 0.6])
 def test_channels_are_dropped_whole_row_by_row(shape: tuple[int, ...], axis: int, mask: tuple[int, ...], p: float) -> None:
     y = bound(SeededChannelDropout(p=p, axis=axis))(torch.ones(shape))
@@ -221,7 +228,7 @@ def slow_dropblock(x: Tensor, u: Tensor, p: float, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 20])
-@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 6, 9), (2, 3, 2, 5), (2, 2, 4, 3, 5)])
+@pytest.mark.parametrize("shape", [(9, 8, 7), (4, 3, 6, 9), (9, 9, 2, 5), (9, 9, 4, 3, 5)])
 def test_dropblock_is_the_papers(size: int, shape: tuple[int, ...]) -> None:
     x, p = torch.randn(shape), 0.3
     layer = bound(SeededDropBlock(p=p, size=size, ndim=len(shape)))
@@ -383,9 +390,7 @@ AXES: dict[str, tuple[nn.Module, Tensor, dict[str, int]]] = {
     "conv2d with norm": (cnn(), MAPS, {"2": 1, "4": 1}),
     "conv3d": (nn.Sequential(nn.Conv3d(3, 4, 1), nn.ReLU(), nn.Conv3d(4, 2, 1)), MAPS[..., None], {"1": 1}),
     "residual": (Net(added_sum, **{n: nn.Conv2d(3, 3, 3, padding=1) for n in "abc"}), MAPS, {"b": 1, "c": 1}),
-    "gpt-2's own layer": (nn.Sequential(nn.Linear(6, 5), nn.Flatten(0, 0), nn.ReLU(), nn.Bilinear), X, {}),
 }
-del AXES["gpt-2's own layer"]
 
 
 @pytest.mark.parametrize("case", AXES)
@@ -583,18 +588,20 @@ def test_a_schedule_moves_functions_and_recurrent_layers_too() -> None:
 
 
 def test_each_regularizer_moves_its_own_rates() -> None:
-    def start() -> tuple[Run, nn.Module]:
+    def start() -> tuple[Run, nn.Module, torch.optim.Optimizer]:
         model = mlp().double()
         text = (
             "InputDropout(late(0.1, steps=2)), Dropout(linear(0.0, 0.4, steps=4), where=named('1')), "
             "Dropout(0.5, where=named('3')), GaussianDropout(early(0.2, steps=2), shape='funnel')"
         )
-        return Run(text, model, example=X, task="numbers"), model
+        run = Run(text, model, example=X, task="numbers")
+        return run, model, torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def train(run: Run, model: nn.Module, steps: int) -> list[Any]:
-        optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
+    def train(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[Any]:
+        seen = []
         for _ in range(steps):
             seen.append((rates(model), run.loss(X, X[:, 0]).detach()))
+            optimizer.zero_grad()
             run.loss(X, X[:, 0]).backward()
             run.gradient(optimizer)
             optimizer.step()
@@ -603,20 +610,19 @@ def test_each_regularizer_moves_its_own_rates() -> None:
 
     def at(i: float, a: float, b: float, g: float) -> dict[str, float]:
         gaussian = {"1.gaussiandropout": g, "3.gaussiandropout": g / 2}
-        dropped = {"1.dropout": a, "3.dropout": b, **gaussian, "inputdropout_input": i}
-        return dropped
+        return {"1.dropout": a, "3.dropout": b, **gaussian, "inputdropout_input": i}
 
     torch.manual_seed(0)
-    run, model = start()
-    seen = train(run, model, 2)
+    run, model, optimizer = start()
+    seen = train(run, model, optimizer, 2)
     saved, weights = run.state_dict(), copy.deepcopy(model.state_dict())
-    seen += train(run, model, 2)
+    seen += train(run, model, optimizer, 2)
     expected = [at(0.0, 0.0, 0.5, 0.2), at(0.0, 0.1, 0.5, 0.1), at(0.1, 0.2, 0.5, 0.0), at(0.1, 0.3, 0.5, 0.0)]
     assert [r for r, _ in seen] == [pytest.approx(e) for e in expected]
-    again, other = start()
+    again, other, second = start()
     other.load_state_dict(weights)
     again.load_state_dict(saved)
-    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(train(again, other, 2), seen[2:], strict=True))
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(train(again, other, second, 2), seen[2:], strict=True))
 
 
 # -- inputs --
@@ -679,9 +685,7 @@ def test_schedules_by_hand() -> None:
 def test_schedules_say_what_is_wrong(make: Any) -> None:
     with pytest.raises(GoodfitError, match=rf"{make.__name__} needs one of steps= and epochs="):
         make(0.1)
-    with pytest.raises(
-        GoodfitError, match=rf"{make.__name__} must last a finite number of steps or epochs > 0, got {make.__name__}"
-    ):
+    with pytest.raises(GoodfitError, match=rf"{make.__name__} must last a finite number of steps or epochs > 0, got"):
         make(0.1, steps=0)
     with pytest.raises(GoodfitError, match=r"Dropout\.p must be in \[0, 1\), got p="):
         Dropout(make(1.5, steps=2))
@@ -698,19 +702,23 @@ def test_curriculum_needs_a_gamma_above_0() -> None:
 
 
 @each_kind
-def test_half_precision_channels_last_and_compiled_models(one: Any) -> None:
+def test_half_precision_and_channels_last_stay(one: Any) -> None:
     model = cnn(nn.SELU).to(torch.bfloat16).to(memory_format=torch.channels_last)
     x = MAPS.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    one.build(model, x)
-    y = model.train()(x)
-    assert y.dtype == torch.bfloat16
-    assert bool(y.isfinite().all())
-    hidden = model[:5](x)
+    hidden = one.build(model, x).train()[:5](x)
+    assert hidden.dtype == torch.bfloat16
+    assert bool(hidden.isfinite().all())
     assert hidden.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile asks for it
+def test_a_model_is_compiled_after_building() -> None:
+    model = mlp(depth=1).double()
+    run = Run("Dropout(0.3), InputDropout(0.2)", model, example=X)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-    for layer in model.modules():
-        if isinstance(layer, SeededLayer):
-            layer.clock.rewind()
-    assert not torch.equal(compiled(x), compiled(x))
-    assert torch.equal(compiled.eval()(x), model.eval()(x))
+    first, second = compiled(X), compiled(X)
+    assert not torch.equal(first, second)
+    run._plan.clock.rewind()
+    torch.testing.assert_close(model(X), first, rtol=1e-12, atol=1e-12)
+    assert torch.equal(compiled.eval()(X), model.eval()(X))

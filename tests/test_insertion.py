@@ -24,6 +24,9 @@ from goodfit.surgery.trace import call_model
 
 ROWS, SERIES, IMAGES = torch.randn(4, 6), torch.randn(4, 5, 6), torch.randn(2, 3, 8, 8)
 
+EVERY = [Dropout(0.5), BatchNorm(), gf.ChannelDropout(), gf.AlphaDropout(), gf.GaussianDropout(), gf.DropBlock()]
+EVERY += [gf.InputDropout()]
+
 
 class Net(nn.Module):
     """A model from named layers and a function that calls them."""
@@ -36,6 +39,17 @@ class Net(nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         return self.run(self, *args, **kwargs)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm that holds its activation, as timm has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
 
 
 class Own(nn.Module):
@@ -152,6 +166,8 @@ PLACES: dict[str, tuple[Any, Any, list[str] | None, list[str] | None]] = {
     "changed through a view": (Net(view_changed, **lin(6, 8, 1)), ROWS, ["b"], None),
     "norm as a function": (Net(lambda m, x: m.b(F.layer_norm(F.relu(m.a(x)), (8,))), **lin(6, 8, 1)), ROWS, None, None),
     "own layer behind": (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Own()), ROWS, ["1"], ["0"]),
+    "norm with its activation in it": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), nn.Conv2d(4, 2, 3)), IMAGES, ["1.act"], None),
     "rank 3": (nn.Sequential(nn.Conv1d(8, 4, 3), nn.PReLU(), nn.ConvTranspose1d(4, 2, 3)), IMAGES[:, 0], ["1"], ["0"]),
     "rank 5": (nn.Sequential(nn.Conv3d(3, 4, 1), nn.GELU(), nn.Conv3d(4, 2, 1)), IMAGES[..., None], ["1"], ["0"]),
     "weight norm": (nn.Sequential(weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 1)), ROWS, ["1"], ["0"]),
@@ -416,7 +432,7 @@ def test_building_leaves_all_else_as_it_was(one: gf.phases.Build) -> None:
     assert not any(p.requires_grad and p.grad is None for n, p in model.named_parameters() if "batchnorm" not in n)
 
 
-@pytest.mark.parametrize("one", [Dropout(0.5), BatchNorm()])
+@pytest.mark.parametrize("one", EVERY)
 def test_a_model_that_fails_on_the_example_is_left_as_it_was_and_named(one: gf.phases.Build) -> None:
     model = mlp()
     model[2].eval()
@@ -442,7 +458,7 @@ def wrapped(how: str) -> nn.Module:
     return make[how](mlp())
 
 
-@pytest.mark.parametrize("one", [Dropout(0.5), BatchNorm()])
+@pytest.mark.parametrize("one", EVERY)
 @pytest.mark.parametrize("how", ["DataParallel", "DDP", "compiled", "compiled in place", "script"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wrappers_are_refused(one: gf.phases.Build, how: str) -> None:
@@ -450,7 +466,7 @@ def test_wrappers_are_refused(one: gf.phases.Build, how: str) -> None:
         one.build(wrapped(how), torch.randn(4, 6))
 
 
-@pytest.mark.parametrize("one", [Dropout(0.5), BatchNorm()])
+@pytest.mark.parametrize("one", EVERY)
 def test_a_bare_leaf_is_refused(one: gf.phases.Build) -> None:
     with pytest.raises(GoodfitError, match=r"got a single Linear; wrap it in nn\.Sequential"):
         one.build(nn.Linear(6, 1), torch.randn(4, 6))

@@ -13,8 +13,6 @@ from goodfit.layers.dropout import SeededLayer
 
 __all__ = ["SeededDropBlock"]
 
-_POOL = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
-
 
 class SeededDropBlock(SeededLayer):
     """Blocks of a map are zero, in each channel by themselves; the rest is scaled by all over kept, of the whole batch.
@@ -39,7 +37,18 @@ class SeededDropBlock(SeededLayer):
         corners = [length - side + 1 for length, side in zip(x.shape[2:], block, strict=True)]
         gamma = self.rate * (prod(x.shape[2:]) / prod(block) / prod(corners))
         hit = self.draw(torch.Size((*x.shape[:2], *corners)), x.device) < gamma
-        margins = [side - 1 for side in reversed(block) for _ in range(2)]
-        keep = 1 - _POOL[x.ndim](F.pad(hit.to(torch.float32), margins), block, stride=1)
-        share = keep.mean(dtype=torch.float64).clamp(min=1 / keep.numel())
-        return torch.where(keep > 0, x * (1 / share).to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device))
+        hit = F.pad(hit, [pad for side in reversed(block) for pad in (0, side - 1)])
+        for axis, side in enumerate(block, 2):
+            hit = _spread(hit, axis, side)
+        share = (~hit).sum().clamp(min=1).to(torch.float64) / hit.numel()
+        return x * (1 / share) * ~hit
+
+
+def _spread(hit: Tensor, axis: int, side: int) -> Tensor:
+    """Let each hit cover `side` places from its own on; where nothing hits the last `side` − 1, none comes round the end."""
+    covered = 1
+    while covered < side:
+        more = min(covered, side - covered)
+        hit = hit | hit.roll(more, axis)
+        covered += more
+    return hit

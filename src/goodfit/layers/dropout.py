@@ -89,8 +89,7 @@ class SeededAlphaDropout(SeededLayer):
         p = self.rate
         scale = 1 / ((1 - p) * (1 + p * self.LOW**2)).sqrt()
         keep = self.draw(x.shape, x.device) >= p
-        low = torch.full((), self.LOW, dtype=x.dtype, device=x.device)
-        return torch.where(keep, x, low) * scale - scale * p * self.LOW
+        return (x * keep + self.LOW * (~keep).to(x.dtype)) * scale - scale * p * self.LOW
 
 
 class SeededGaussianDropout(SeededLayer):

@@ -46,7 +46,7 @@ class Seeded(Noisy, nn.Module):
 
     def scaled(self, x: Tensor, noise: Tensor) -> Tensor:
         """The same, with the noise at hand."""
-        return torch.where(noise >= self.rate, x * (1 / (1 - self.rate)), torch.zeros((), dtype=x.dtype, device=x.device))
+        return x * (1 / (1 - self.rate)) * (noise >= self.rate)  # a product keeps the memory format of x
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return self

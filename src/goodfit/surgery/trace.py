@@ -165,6 +165,9 @@ class _Trace(TorchFunctionMode):
 
         def layer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             inputs = [*args, *kwargs.values()]
+            new = isinstance(output, Tensor) and not any(t is output for t in _tensors(inputs))
+            if kind == "norm" and new and any(c.kind == "activation" for c in self.of(output).straight):
+                return  # a norm with its activation in it: both were seen as functions
             self.note(kind, name, module, inputs, [self.of(t) for t in _tensors(inputs)], output)
 
         def around(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
