@@ -135,7 +135,7 @@ FOUND: dict[str, tuple[nn.Module, Any, list[str]]] = {
     "torch's": (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), TOKENS, ["0.dropout1", "0.dropout2"]),
     "parallel, one by one": (Net(lambda m, x: x + m.a(m.n(x)) + m.b(m.n(x)), **mlps()), ROWS, ["a", "b"]),
     "parallel, summed first": (Net(lambda m, x: (m.a(h := m.n(x)) + m.b(h)) + x, **mlps()), ROWS, ["a", "b"]),
-    "parallel, one is longer": (Net(lambda m, x: (m.c(h := m.n(x)) + m.b(h)) + x, **mlps(), c=nn.Linear(8, 8)), ROWS, ["c", "b"]),
+    "parallel, one is longer": (Net(lambda m, x: (m.c(h := m.n(x)) + m.b(h)) + x, **mlps(), **lin("c")), ROWS, ["c", "b"]),
     "into the skip": (Net(in_place, **lin()), ROWS, ["b"]),
     "layer scale": (Net(lambda m, x: x + 0.1 * m.a(x).view(4, 8), **lin("a")), ROWS, ["a"]),
     "keyword": (Net(lambda m, x: torch.add(x, other=m.a(x)), **lin("a")), ROWS, ["a"]),

@@ -31,7 +31,7 @@ class AttentionDropout(Build):
         self.training (pytorch#124464). where picks modules by name. Shapes of tensors stay.
     Numbers: p, the probability of a zero, in [0, 1), off at 0.
     Errors: p outside [0, 1); a model in which no attention is found, or none that where picks; a bare leaf, a DDP or compiled
-        wrapper. Code that multiplies by a softmax without dropout is left out, with a warning.
+        wrapper. Code with a softmax that no dropout acts on is left out, with a warning.
     Source: Vaswani et al. 2017, Attention is all you need, arXiv 1706.03762; Zehui et al. 2019, DropAttention, arXiv
         1907.11065. The masks are drawn by torch's functions from torch's generator, and so are those of torch's layers.
 
@@ -49,7 +49,7 @@ class AttentionDropout(Build):
         places = [*found.numbers, *found.layers, *found.callers]
         chosen = [name for name in places if self.where.holds(name, "place")]
         if not places:
-            bare = f"; {found.without[0]!r} multiplies by a softmax without dropout" if found.without else ""
+            bare = f"; {found.without[0]!r} has a softmax without dropout on it" if found.without else ""
             raise GoodfitError(
                 f"AttentionDropout found no attention in {kind}{bare}: use nn.MultiheadAttention, "
                 "F.scaled_dot_product_attention, or a dropout layer behind the softmax."
@@ -59,7 +59,7 @@ class AttentionDropout(Build):
         if found.without:
             shown = ", ".join(name or kind for name in found.without[:5])
             warnings.warn(
-                f"AttentionDropout leaves out {shown}: the code multiplies by a softmax without dropout.",
+                f"AttentionDropout leaves out {shown}: the code has a softmax without dropout on it.",
                 GoodfitWarning,
                 stacklevel=3,
             )

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -32,7 +33,7 @@ _PRODUCTS = {"baddbmm", "bmm", "einsum", "matmul", "rmatmul"}
 @dataclass
 class Attending:
     """What attends in one run: torch's attention modules, dropout layers behind a softmax, modules whose code calls the
-    functions, and those that multiply by a softmax without dropout."""
+    functions, and those that have a softmax without dropout on it."""
 
     numbers: list[str] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
@@ -65,6 +66,8 @@ class _Watch(TorchFunctionMode):
         self.found = Attending()
         self.softmaxes, self.dropped = _Softmaxes(), _Softmaxes()
         self.within: list[tuple[str, nn.Module | None]] = [("", None)]
+        self.heads: list[str] = []  # whose code has a softmax for each of several heads
+        self.served: set[str] = set()  # whose code has dropout on a softmax
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output, name, where = func(*args, **(kwargs or {})), function_name(func), self.within[-1]
@@ -75,8 +78,11 @@ class _Watch(TorchFunctionMode):
             self.dropped.known |= {id(t): t for t in tensors_in(output)}
             if not isinstance(where[1], _DropoutNd):
                 self.found.callers.append(where[0])
+                self.served.add(where[0])
         elif name in _PRODUCTS and self.softmaxes.among(given) and not self.dropped.among(given):
             self.found.without.append(where[0])
+        elif name == "softmax" and output.ndim >= 4:
+            self.heads.append(self.within[-2 if isinstance(where[1], nn.Softmax) else -1][0])
         self.softmaxes.note(name, given, output)
         self.dropped.note(name if name in _KEEPS else "", given, output)
         return output
@@ -89,6 +95,7 @@ class _Watch(TorchFunctionMode):
             given = args or tuple(kwargs.values())
             if isinstance(module, _DropoutNd) and self.softmaxes.has(given):
                 self.found.layers.append(name)
+                self.served.add(self.within[-2][0])
                 self.dropped.known[id(given[0])] = given[0]
 
         return hook
@@ -113,6 +120,7 @@ def attending(model: nn.Module, example: Any) -> Attending:
         except Exception as error:
             raise must_run(model, error) from error
     found = watch.found
+    found.without += [name for name in watch.heads if name not in watch.served]
     return Attending(*(list(dict.fromkeys(names)) for names in (found.numbers, found.layers, found.callers, found.without)))
 
 
@@ -134,7 +142,7 @@ class _Running(threading.local):
     """The modes that hooks of one thread have entered, the innermost last."""
 
     def __init__(self) -> None:
-        self.entered: list[tuple[_Rate, ExitStack]] = []
+        self.modes: list[_Rate] = []
 
 
 _running = _Running()
@@ -147,9 +155,9 @@ class _Enter:
         self.name = name
 
     def __call__(self, host: nn.Module, args: Any) -> None:
-        mode, stack = _Rate(host.get_submodule(self.name)), ExitStack()
-        stack.enter_context(mode)
-        _running.entered.append((mode, stack))
+        mode = _Rate(host.get_submodule(self.name))
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        _running.modes.append(mode)
 
 
 class _Leave:
@@ -160,8 +168,8 @@ class _Leave:
 
     def __call__(self, host: nn.Module, args: Any, output: Any) -> None:
         # else the host failed before it was entered
-        if _running.entered and _running.entered[-1][0].layer is host.get_submodule(self.name):
-            _running.entered.pop()[1].close()
+        if _running.modes and _running.modes[-1].layer is host.get_submodule(self.name):
+            _running.modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class _Rate(TorchFunctionMode):
@@ -171,15 +179,18 @@ class _Rate(TorchFunctionMode):
         super().__init__()
         self.layer: AttentionRate = layer
         self.softmaxes = _Softmaxes()
+        self.region = _region()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), function_name(func)
         given = args or tuple(kwargs.values())
-        if _running.entered and _running.entered[-1][0] is not self:
+        if _running.modes and _running.modes[-1] is not self:
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
+            self._refuse_part()
             args, kwargs = _with(args, kwargs, 4, "dropout_p", self.layer.now)
         elif name == "dropout" and self.softmaxes.has(given):
+            self._refuse_part()
             args, kwargs = _with(args, kwargs, 1, "p", self.layer.p)
             args, kwargs = _with(args, kwargs, 2, "train" if "train" in kwargs else "training", self.layer.training)
             with settled():
@@ -187,6 +198,22 @@ class _Rate(TorchFunctionMode):
         output = func(*args, **kwargs)
         self.softmaxes.note(name, given, output)
         return output
+
+    def _refuse_part(self) -> None:
+        """Code of the host that is run again in backward, without the host, would run with its own rate."""
+        now = _region()
+        if self.layer.training and now is not None and self.region not in (None, now):
+            raise GoodfitError(
+                f"{self.layer.name} cannot set the rate of attention that its module checkpoints within its own code: "
+                "checkpoint the module as a whole."
+            )
+
+
+def _region() -> Any:
+    """What tells code under activation checkpointing from the code around it."""
+    if torch.compiler.is_compiling():
+        return None
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _with(args: Any, kwargs: dict[str, Any], place: int, name: str, value: Any) -> tuple[Any, dict[str, Any]]:
