@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from goodfit.dataflow.flows import tensors_in
 
-__all__ = ["Draw", "Draws"]
+__all__ = ["Draw", "Draws", "elsewhere"]
 
 # names of aten operations, without the underscore of in-place ones
 _MASKS = {"bernoulli", "randperm"}
@@ -69,12 +69,12 @@ class _Mark:
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the draws of everything that runs within.
 
-    sizes: of what is drawn and of what is computed from draws alone, in order. outside: modules that draw from Python's or
-    NumPy's generator, which no dispatch sees. largest: bytes of the largest tensor that was computed, views of weights aside.
-    means: let each mask be its mean.
+    sizes: of what is drawn and of what is computed from draws alone, in order. largest: bytes of the largest tensor that was
+    computed, views of weights aside. means: let each mask be its mean. watch: note in `outside` the modules that draw from
+    Python's or NumPy's generator, which no dispatch sees.
     """
 
-    def __init__(self, model: nn.Module, means: bool = False) -> None:
+    def __init__(self, model: nn.Module, means: bool = False, watch: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws: list[Draw] = []
         self.sizes: list[int] = []
@@ -86,12 +86,12 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self._stack = [""]
         self._marks: dict[int, _Mark] = {}
-        self._means = means
+        self._means, self._watch = means, watch
         self._hooks = ExitStack()
         self._elsewhere: Any = None
 
     def __enter__(self) -> Draws:
-        self._elsewhere = _elsewhere()
+        self._elsewhere = elsewhere() if self._watch else None
         # global hooks: a hook on a module would switch off the fast paths of torch's transformer layers, which skip dropout
         self._hooks.callback(register_module_forward_pre_hook(self._enters).remove)
         self._hooks.callback(register_module_forward_hook(self._leaves, always_call=True).remove)
@@ -112,8 +112,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stack.pop()
 
     def _charge(self) -> None:
-        now = _elsewhere()
-        if now != self._elsewhere:
+        if self._watch and (now := elsewhere()) != self._elsewhere:
             self.outside.add(self._stack[-1])
             self._elsewhere = now
 
@@ -208,7 +207,7 @@ def _settled(bounds: list[Any], draws: list[Draw]) -> bool:
     return uniform and all((not isinstance(b, Tensor) or b.numel() == 1) and not 0 < float(b) < 1 for b in bounds)
 
 
-def _elsewhere() -> tuple[Any, ...]:
+def elsewhere() -> tuple[Any, ...]:
     """Where Python's and NumPy's generators stand."""
     state: Any = np.random.get_state()
     return random.getstate(), state[1].tobytes(), state[2]

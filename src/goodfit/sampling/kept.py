@@ -40,11 +40,11 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Every buffer is the tensor that it was, with the numbers that it had."""
+def buffers_kept(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, Tensor, Tensor]]]:
+    """Every buffer is the tensor that it was, with the numbers that it had: (owner, name, buffer, copy of its numbers)."""
     before = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
-        yield
+        yield before
     finally:
         with torch.no_grad():
             for module, name, buffer, numbers in before:
@@ -70,7 +70,9 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     cuda = {t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     outside, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=sorted(cuda)):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would go to devices that nobody uses, slowly
+        for device in cuda:
+            torch.cuda.default_generators[device].manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

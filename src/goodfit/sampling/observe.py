@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.sampling.draws import Draw, Draws
+from goodfit.sampling.draws import Draw, Draws, elsewhere
 from goodfit.sampling.kept import buffers_kept, modes_kept, noise_kept, seeded
 
 __all__ = ["Pass", "observe", "observing", "set_modes"]
@@ -21,13 +21,14 @@ _OBSERVING: ContextVar[bool] = ContextVar("observing", default=False)
 
 @dataclass
 class Pass:
-    """One run of the model: its output and form, what it drew, and which buffers it changed."""
+    """One run of the model: its output and form, what it drew, and which buffers and generators it moved."""
 
     output: Any = None
     form: Any = None
     problem: str = ""
     draws: Draws = field(repr=False, default=None)  # type: ignore[assignment]
     written: frozenset[str] = frozenset()
+    moved: bool = False  # Python's or NumPy's generator
 
     @property
     def dropping(self) -> list[Draw]:
@@ -45,28 +46,27 @@ def set_modes(model: nn.Module, on: Iterable[str]) -> None:
         module.training = name in chosen
 
 
-def observe(model: nn.Module, call: Callable[[], Any], on: Iterable[str], seed: int = 0, means: bool = False) -> Pass:
-    """Run the model with some modules in train mode; it stays as it was."""
-    seen = Pass(draws=Draws(model, means))
+def observe(model: nn.Module, call: Callable[[], Any], on: Iterable[str], seed: int = 0, **how: bool) -> Pass:
+    """Run the model with some modules in train mode; it stays as it was. `how` is for `Draws`."""
+    seen = Pass(draws=Draws(model, **how))
     with ExitStack() as stack:
         stack.callback(_OBSERVING.reset, _OBSERVING.set(True))
         stack.enter_context(modes_kept(model))
-        stack.enter_context(buffers_kept(model))
+        before = stack.enter_context(buffers_kept(model))
         stack.enter_context(noise_kept(model, seed))
         stack.enter_context(seeded(model, seed))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         set_modes(model, on)
-        before = {name: b.clone() for name, b in model.named_buffers()}
+        generators = elsewhere()
         try:
             with seen.draws:
                 seen.output = call()
         except Exception as problem:
             seen.problem = f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0]}"
             seen.output = problem
-        seen.form = _form(seen.output)
-        after = dict(model.named_buffers())
-        seen.written = frozenset(n for n, b in before.items() if n not in after or not _same(after[n], b))
+        seen.form, seen.moved = _form(seen.output), generators != elsewhere()
+        seen.written = frozenset(n for m, n, _, numbers in before if not _same(m._buffers.get(n), numbers))
     return seen
 
 
@@ -86,5 +86,5 @@ def _form(value: Any) -> Any:
     return type(value)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and (torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())))

@@ -22,7 +22,7 @@ from goodfit.surgery.trace import call_model
 
 __all__ = ["mc_predict"]
 
-_LARGEST = 1 << 25  # bytes of one activation, of which three or four live at a time
+_LARGEST = 1 << 23  # bytes of one activation, of which three or four live at a time
 
 
 def mc_predict(
@@ -36,7 +36,7 @@ def mc_predict(
               the model returns one tensor, or logits: for classes scores (N, classes, ...), softmax along axis 1, or (N,) and
               (N, 1, ...), sigmoid. Results are (N, ...), samples (S, N, ...).
     Numbers:  samples, at least 2. seed >= 0: equal seeds give equal numbers (for equal batch sizes). batch_size, the most rows
-              of one pass; None takes as many as keep an activation within 32 MiB, and at least those of x.
+              of one pass; None takes as many as keep an activation within 8 MiB, and at least those of x.
     Errors:   GoodfitError as for `mc_dropout`, for several outputs, for scores that are probabilities already, and for a
               batch_size below the rows of x where these cannot be split. Model, buffers and generators stay as they were.
     Source:   Gal and Ghahramani 2016, Dropout as a Bayesian approximation, arXiv:1506.02142; mutual information: Houlsby et

@@ -60,15 +60,18 @@ def survey(model: nn.Module, call: Callable[[], Any]) -> Survey:
         passes.append(observe(model, call, _candidates(model) - unfit.keys(), seed))
         owners |= passes[-1].owners
     called = set().union(*(p.draws.called for p in passes))
-    on = _alike(model, owners, called) | own_layers(model)
-    for seed, wanted in zip(_SEEDS, passes, strict=False):
-        on |= _missing(model, call, on, seed, wanted) - unfit.keys()
-    on -= unfit.keys()
-    moving = _proved(model, call, on, still, passes)
+    on = (_alike(model, owners, called) | own_layers(model)) - unfit.keys()
+    moving = [observe(model, call, on, seed) for seed in _SEEDS[: len(passes)]]
+    around = _around(model, passes, moving) - unfit.keys() - on
+    if around:
+        on |= around
+        moving = [observe(model, call, on, seed) for seed in _SEEDS[: len(passes)]]
+    _prove(model, still, passes, moving)
     off, might = _left_off(on, passes, still, unfit)
+    might |= _outside(model, call, on, passes, off)
     doubts = [f"leaves {_shown(model, name)} in eval mode: {off[name]}" for name in sorted(might)]
-    doubts += _beside(model, call, on, still, moving)
-    return Survey(tuple(name for name, _ in model.named_modules() if name in on), off, doubts, still, moving)
+    doubts += _beside(model, call, on, still, moving[0])
+    return Survey(tuple(name for name, _ in model.named_modules() if name in on), off, doubts, still, moving[0])
 
 
 def _candidates(model: nn.Module) -> set[str]:
@@ -112,14 +115,15 @@ def _alike(model: nn.Module, owners: set[str], called: set[str]) -> set[str]:
     return owners | {name for name, m in model.named_modules() if name not in called and type(m) in kinds}
 
 
-def _missing(model: nn.Module, call: Callable[[], Any], on: set[str], seed: int, wanted: Pass) -> set[str]:
-    """What stands around the modules that drop in training, but not with `on` alone, as within a fused eval path."""
-    lost = wanted.owners - observe(model, call, on, seed).owners
-    return {name for d in wanted.dropping if d.owner in lost for name in d.stack if name in _candidates(model)}
+def _around(model: nn.Module, passes: list[Pass], moving: list[Pass]) -> set[str]:
+    """What stands around modules that drop in training, but not when they train alone, as within a fused eval path."""
+    pairs = zip(passes, moving, strict=True)
+    lost = [d for then, now in pairs for d in then.dropping if d.owner not in now.owners]
+    return {name for d in lost for name in d.stack if name in _candidates(model)}
 
 
-def _proved(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass, passes: list[Pass]) -> Pass:
-    moving = [observe(model, call, on, seed) for seed in _SEEDS[: len(passes)]]
+def _prove(model: nn.Module, still: Pass, passes: list[Pass], moving: list[Pass]) -> None:
+    """Refuse a model that cannot be sampled from so."""
     first, kind = moving[0], type(model).__name__
     bad = next((p for p in moving if p.problem or p.form != still.form), None)
     if bad is not None:
@@ -142,7 +146,6 @@ def _proved(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass
             f"mc_dropout finds nothing that drops in {kind}, or only rates of 0, so all samples would be equal: put "
             "goodfit.Dropout(p) in and train with it first."
         )
-    return first
 
 
 def _left_off(on: set[str], passes: list[Pass], still: Pass, unfit: dict[str, str]) -> tuple[dict[str, str], set[str]]:
@@ -155,10 +158,17 @@ def _left_off(on: set[str], passes: list[Pass], still: Pass, unfit: dict[str, st
                 continue
             off[d.owner] = _REASONS[d.kind].format(d.op)
             doubts |= set() if d.kind == "noise" else {d.owner}
-        for name in seen.draws.outside - still.draws.outside - on:
-            off[name] = "it draws from Python's or NumPy's generator, which cannot be followed"
-            doubts.add(name)
     return off, doubts
+
+
+def _outside(model: nn.Module, call: Callable[[], Any], on: set[str], passes: list[Pass], off: dict[str, str]) -> set[str]:
+    """Modules that draw from Python's or NumPy's generator in training alone; `off` gets them."""
+    if not any(p.moved for p in passes):
+        return set()
+    chosen = _candidates(model) - off.keys() | on
+    found = observe(model, call, chosen, watch=True).draws.outside - observe(model, call, (), watch=True).draws.outside - on
+    off.update(dict.fromkeys(found, "it draws from Python's or NumPy's generator, which cannot be followed"))
+    return found
 
 
 def _beside(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass, moving: Pass) -> list[str]:
@@ -169,12 +179,10 @@ def _beside(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass
     if told or still.draws.draws or not all(d.scales for d in moving.draws.draws):
         return told
     mean = observe(model, call, on, means=True)
-    error = float("inf") if mean.problem else largest_error(list(tensors_in(still.output)), list(tensors_in(mean.output)))[0]
-    return (
-        [f"finds that {type(model).__name__} computes more than dropout in the modules that drop in training"]
-        if error > 1
-        else []
-    )
+    pairs = [list(tensors_in(one.output)) for one in (still, mean)]
+    if not mean.problem and largest_error(*pairs)[0] <= 1:
+        return []
+    return [f"finds that {type(model).__name__} computes more than dropout in the modules that drop in training"]
 
 
 def _shown(model: nn.Module, name: str) -> str:
