@@ -218,8 +218,19 @@ def test_what_python_reads_counts_as_a_dependence() -> None:
         return m.two(x * m.one(x).amax().item())
 
     model, x = Calls(forward, one=nn.BatchNorm1d(3), two=nn.BatchNorm1d(3)), 9 * torch.randn(8, 3)
-    recalibrate(model, [x])
-    torch.testing.assert_close(model.two.running_mean, (x * model.eval().one(x).amax()).mean(0))
+    recalibrate(model, [x[:6], x[6:]])
+    got = torch.cat([part * model.eval().one(part).amax() for part in (x[:6], x[6:])])
+    torch.testing.assert_close(model.two.running_mean, got.mean(0))
+
+
+def test_a_norm_that_later_batches_call_more_often_sees_all_its_calls() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.after(sum(m.norm(x[:, t]) for t in range(x.shape[1])))
+
+    model = Calls(forward, norm=nn.BatchNorm1d(3), after=nn.BatchNorm1d(3))
+    short, long = torch.randn(4, 2, 3), torch.randn(4, 5, 3) + 9
+    recalibrate(model, [short, long])
+    torch.testing.assert_close(model.norm.running_mean, torch.cat([short.flatten(0, 1), long.flatten(0, 1)]).mean(0))
 
 
 def test_the_numbers_that_come_back_say_how_far_each_norm_moved() -> None:
