@@ -264,7 +264,7 @@ def test_what_loaders_give() -> None:
     recalibrate(keyed, [{"features": x, "labels": y}])
     assert same(keyed.net.state_dict(), wanted.state_dict())
     short = mlp()
-    recalibrate(short, x.split(3), samples=5)
+    recalibrate(short, list(x.split(3)), samples=5)
     torch.testing.assert_close(short[1].running_mean, short[0](x[:6]).mean(0))
 
 

@@ -1,4 +1,4 @@
-"""Input batches of a model from what loaders give."""
+"""Input batches of a model from what loaders give, to measure on."""
 
 from __future__ import annotations
 
@@ -9,36 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
+from goodfit.rows import rows_of
 
-__all__ = ["inputs"]
+__all__ = ["device_of", "inputs"]
 
 
-def inputs(model: nn.Module, batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    """What the model is to be run on, on its device, until about so many rows. Every pass starts at the same random numbers."""
-    device = next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+def inputs(model: nn.Module, batches: Iterable[Any], samples: int | None, who: str) -> Iterator[Any]:
+    """The x of batches on the model's device, until about so many rows. Every pass starts at the same random numbers."""
+    if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+        raise GoodfitError(f"{who} takes samples, a number of rows >= 1, got samples={samples!r}.")
+    if isinstance(batches, Tensor | Mapping | tuple) or not isinstance(batches, Iterable):
+        raise GoodfitError(f"{who} takes a DataLoader or a list of batches, got a {type(batches).__name__}: give [x].")
+    return _stream(device_of(model), batches, samples, who)
+
+
+def _stream(device: torch.device, batches: Iterable[Any], samples: int | None, who: str) -> Iterator[Any]:
     rows = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for batch in batches:
-            x = _moved(_input(batch), device)
-            rows += next((len(t) for t in tensors_in([x]) if t.ndim), 0)
+            x = _moved(_input(batch, who), device)
+            rows += rows_of(x) or 0
             yield x
             if samples is not None and rows >= samples:
                 break
     if not rows:
-        raise GoodfitError(
-            "recalibrate needs batches with rows, got none (a stream is empty after one pass): give a DataLoader."
-        )
+        raise GoodfitError(f"{who} needs batches with rows, got none (a stream is empty after one pass): give a DataLoader.")
 
 
-def _input(batch: Any) -> Any:
+def _input(batch: Any, who: str) -> Any:
     """The x of x, [x], (x, y); a dict is keywords as it is."""
     if isinstance(batch, tuple | list):
         if not 1 <= len(batch) <= 2:
             kind = f"{type(batch).__name__} of {len(batch)}"
             raise GoodfitError(
-                f"A batch must be x, (x, y) or a dict of keywords, got a {kind}; several inputs go as ((a, b), y)."
+                f"{who} takes batches x, (x, y) or dicts of keywords, got a {kind}; several inputs: ((a, b), y)."
             )
         batch = batch[0]
     if isinstance(batch, Mapping):

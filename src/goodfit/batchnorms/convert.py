@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from goodfit.batchnorms.calibration import inputs
+from goodfit.batchnorms.batches import inputs
 from goodfit.batchnorms.followers import followers_of
+from goodfit.batchnorms.freeze import owns_statistics
 from goodfit.batchnorms.groupnorm import to_groupnorm
 from goodfit.errors import GoodfitError, GoodfitWarning, nearest
 from goodfit.layers.followed import FollowedSyncBatchNorm
@@ -95,7 +95,7 @@ def convert_batchnorm(
     errors: dict[nn.Module, float | None] = {}
     error = None
     if batches is not None:
-        found, error = to_groupnorm(model, joined(inputs(model, batches, samples, "convert_batchnorm")), norms, groups)
+        found, error = to_groupnorm(model, joined(list(inputs(model, batches, samples, "convert_batchnorm"))), norms, groups)
         errors = {one.norm: one.error for one in found}
     for norm, followers in norms.items():
         if to == "sync":
@@ -151,6 +151,4 @@ def _told(norm: nn.Module) -> str:
 
 
 def _left(model: nn.Module) -> tuple[str, ...]:
-    known = (_BatchNorm, _InstanceNorm)
-    owners = [(n, m) for n, m in model.named_modules() if not isinstance(m, known)]
-    return tuple(n for n, m in owners if {"running_mean", "running_var"} <= dict(m.named_buffers(recurse=False)).keys())
+    return tuple(n for n, m in model.named_modules() if owns_statistics(m) and not isinstance(m, _BatchNorm))

@@ -61,10 +61,6 @@ def recalibrate(
     """
     if not isinstance(model, nn.Module):
         raise GoodfitError(f"recalibrate takes a torch.nn.Module and batches, in this order, got a {type(model).__name__}.")
-    if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
-        raise GoodfitError(f"samples must be an integer >= 1, got samples={samples!r}.")
-    if isinstance(batches, Tensor | dict) or not isinstance(batches, Iterable):
-        raise GoodfitError(f"recalibrate takes a DataLoader or a list of batches, got a {type(batches).__name__}: give [x].")
     model = _unwrapped(model)
     left = [m for m in model.modules() if is_frozen(m)]
     return _Recalibration(model, left, keep_function).run(batches, samples, exact and not keep_function)
@@ -115,7 +111,7 @@ class _Recalibration:
         watch.enough = 0
         for norm in watch.norms.values():
             norm.forget()
-        for turn, x in enumerate(inputs(self.model, batches, samples)):
+        for turn, x in enumerate(inputs(self.model, batches, samples, "recalibrate")):
             self._forward(x)
             if exact and turn == 0:
                 chosen, watch.enough = watch.next()

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from goodfit.batchnorms.calibration import device_of, inputs
+from goodfit.batchnorms.batches import device_of, inputs
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
 from goodfit.surgery.trace import call_model, evaluating, training
@@ -83,7 +83,7 @@ def variance_shift(model: nn.Module, batches: Iterable[Any], *, samples: int = 1
     for name, layer in copied.named_modules():
         if isinstance(layer, Noisy):
             layer.bind(name, seed, Clock())
-    xs = inputs(copied, batches, samples, "variance_shift")
+    xs = list(inputs(copied, batches, samples, "variance_shift"))
     norms = {name: m for name, m in copied.named_modules() if isinstance(m, _BatchNorm)}
     home = device_of(copied)
     with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []), torch.no_grad():
