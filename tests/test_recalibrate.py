@@ -294,7 +294,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "got a stream that can be read once: give a list or a DataLoader": (lambda: iter([ok()]), {}),
     "needs batches with rows": (list, {}),
     r"takes a DataLoader or a list of batches, got a Tensor: give \[x\]": (ok, {}),
-    r"got a tuple of 3; several inputs go as \(\(a, b\), y\)": (lambda: [(ok(), ok(), ok())], {}),
+    r"got a tuple of 3; several inputs: \(\(a, b\), y\)": (lambda: [(ok(), ok(), ok())], {}),
     "samples must be an integer >= 1, got samples=0": (lambda: [ok()], {"samples": 0}),
 }
 
