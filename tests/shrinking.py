@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import goodfit as gf
 from goodfit.surgery.proof import answers, largest_error
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from goodfit import BatchNorm, GoodfitError, Run
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model
 
 
 class Residual(nn.Module):

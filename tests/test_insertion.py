@@ -20,7 +20,7 @@ from goodfit import BatchNorm, Dropout, GoodfitError, Run
 from goodfit.data import mapped
 from goodfit.layers.dropout import SeededDropout
 from goodfit.noise import Clock
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model
 
 ROWS, SERIES, IMAGES = torch.randn(4, 6), torch.randn(4, 5, 6), torch.randn(2, 3, 8, 8)
 

@@ -26,7 +26,7 @@ from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.schedules import Schedule
 from goodfit.small_batches import merged_for_norms, refuse_single_values
-from goodfit.surgery.trace import call_model, evaluating, training as training_mode
+from goodfit.surgery.running import call_model, evaluating, training as training_mode
 
 __all__ = ["Fit", "MakeOptimizer", "as_reals", "averaged", "fit", "optimizer_for"]
 

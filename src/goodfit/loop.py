@@ -16,7 +16,7 @@ from goodfit.errors import GoodfitError
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
-from goodfit.surgery.trace import call_model, evaluating
+from goodfit.surgery.running import call_model, evaluating
 
 __all__ = ["LossFunction", "Prepare", "evaluate", "train_epoch", "train_epochs"]
 

@@ -28,7 +28,7 @@ from goodfit.losses import loss_of
 from goodfit.noise import Noise
 from goodfit.phases import Batch, Build, Epoch, Gradient, Loss, Penalty, Regularizer, Report, State, Step
 from goodfit.plan import Plan, rank, world
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model
 from goodfit.tensors import tensors_of
 
 __all__ = ["Run"]

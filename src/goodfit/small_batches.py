@@ -13,8 +13,7 @@ from goodfit.batchnorms.present import by_batch
 from goodfit.data import Order
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.rows import joined, rows_of
-from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model, quiet
 
 __all__ = ["Merged", "merge_last", "merged_for_norms", "refuse_single_values"]
 

@@ -17,8 +17,8 @@ from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.layers.followed import FollowedGroupNorm
 from goodfit.rows import rows_of
-from goodfit.surgery.proof import answers, largest_error, quiet
-from goodfit.surgery.trace import call_model, must_run
+from goodfit.surgery.proof import answers, largest_error
+from goodfit.surgery.running import call_model, must_run, quiet
 
 __all__ = ["Start", "relative_error", "starts", "to_groupnorm"]
 

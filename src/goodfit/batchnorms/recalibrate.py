@@ -19,7 +19,7 @@ from goodfit.batchnorms.compensate import affine_changes
 from goodfit.batchnorms.freeze import is_frozen, owns_statistics
 from goodfit.batchnorms.watch import Norm, Watch
 from goodfit.errors import GoodfitError, GoodfitWarning
-from goodfit.surgery.trace import call_model, evaluating, must_run
+from goodfit.surgery.running import call_model, evaluating, must_run
 
 __all__ = ["recalibrate", "to_recalibrate"]
 

@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from goodfit.dataflow.flows import Call, tensors_in
 from goodfit.surgery.insert import user_hooks
-from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import call_model, must_run
+from goodfit.surgery.running import call_model, must_run, quiet
 
 __all__ = ["Operation", "Record", "record", "span", "storage"]
 

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from goodfit.batchnorms.batches import device_of, inputs
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
-from goodfit.surgery.trace import call_model, evaluating, training
+from goodfit.surgery.running import call_model, evaluating, training
 
 __all__ = ["Shift", "VarianceShift", "variance_shift"]
 

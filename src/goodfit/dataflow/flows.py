@@ -83,6 +83,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(value.values())
     elif hasattr(value, "__dataclass_fields__"):
         yield from tensors_in(vars(value).values())
-    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | range):
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | range | Iterator):
         for one in value:
             yield from tensors_in(one)

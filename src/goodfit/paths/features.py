@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from goodfit.dataflow.flows import tensors_in
-from goodfit.surgery.trace import call_model, evaluating
+from goodfit.surgery.running import call_model, evaluating
 
 __all__ = ["features_of", "readers"]
 

@@ -16,7 +16,7 @@ from goodfit.errors import GoodfitWarning
 from goodfit.paths.problem import Problem, tensors
 from goodfit.phases import Batch, Build, Gradient, Loss
 from goodfit.run import Run
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model
 
 __all__ = ["Descent", "is_linear"]
 

@@ -20,7 +20,7 @@ from goodfit.paths.problem import Problem, tensors
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.small_batches import merged_for_norms
-from goodfit.surgery.trace import training as training_mode
+from goodfit.surgery.running import training as training_mode
 
 __all__ = ["Ascent"]
 

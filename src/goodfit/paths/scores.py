@@ -13,7 +13,7 @@ from torch.func import vmap
 
 from goodfit.data import mapped, to_device
 from goodfit.loop import LossFunction
-from goodfit.surgery.trace import call_model, evaluating
+from goodfit.surgery.running import call_model, evaluating
 
 __all__ = ["best_of", "one_se_of", "over_folds", "spread"]
 

@@ -16,8 +16,7 @@ from goodfit.hyper import hyper
 from goodfit.phases import Build
 from goodfit.surgery.insert import has_inserted, insert_after, refuse_wrappers
 from goodfit.surgery.norm_places import Place, norm_places
-from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model, quiet
 
 __all__ = ["BatchNorm"]
 

@@ -16,7 +16,7 @@ from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.sampling.kept import fresh, modes_kept, noise_kept, seeded
 from goodfit.sampling.observe import observing, set_modes
 from goodfit.sampling.survey import Survey, own_layers, survey
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model
 
 __all__ = ["Dropping", "mc_dropout"]
 

@@ -18,7 +18,7 @@ from goodfit.sampling.prediction import Prediction, of_classes, of_numbers, prob
 from goodfit.sampling.rows import answer_of, beside, other, repeated, rows_of, sliced
 from goodfit.sampling.survey import Survey
 from goodfit.surgery.proof import largest_error
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model
 
 __all__ = ["mc_predict"]
 

@@ -22,13 +22,13 @@ def rows_of(x: Any) -> int:
 def repeated(x: Any, times: int) -> Any:
     """The whole batch several times along the first axis; what has another length there stays."""
     rows = rows_of(x)
-    return _mapped(x, lambda t: t.repeat(times, *[1] * (t.ndim - 1)) if t.ndim and len(t) == rows else t)
+    return mapped(x, lambda t: t.repeat(times, *[1] * (t.ndim - 1)) if t.ndim and len(t) == rows else t)
 
 
 def sliced(x: Any, start: int, stop: int) -> Any:
     """The rows from start to stop."""
     rows = rows_of(x)
-    return _mapped(x, lambda t: t[start:stop] if t.ndim and len(t) == rows else t)
+    return mapped(x, lambda t: t[start:stop] if t.ndim and len(t) == rows else t)
 
 
 def other(x: Any) -> Any:
@@ -41,7 +41,7 @@ def other(x: Any) -> Any:
         first = t[:1].expand_as(t)
         return -2 * first if t.is_floating_point() else first.flip(1) if t.ndim > 1 else first
 
-    return _mapped(x, changed)
+    return mapped(x, changed)
 
 
 def beside(x: Any, y: Any) -> Any:
@@ -52,16 +52,16 @@ def beside(x: Any, y: Any) -> Any:
         following = next(more)
         return torch.cat([t, following]) if t.ndim and len(t) == rows else t
 
-    return _mapped(x, joined)
+    return mapped(x, joined)
 
 
-def _mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return f(value.detach())
     if type(value) is dict:
-        return {key: _mapped(one, f) for key, one in value.items()}
+        return {key: mapped(one, f) for key, one in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_mapped(one, f) for one in value)
+        return type(value)(mapped(one, f) for one in value)
     return value
 
 

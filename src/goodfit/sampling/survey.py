@@ -19,7 +19,7 @@ from goodfit.errors import GoodfitError
 from goodfit.noise import Noisy
 from goodfit.sampling.observe import Pass, observe
 from goodfit.surgery.proof import largest_error
-from goodfit.surgery.trace import must_run
+from goodfit.surgery.running import must_run
 
 __all__ = ["Survey", "own_layers", "survey"]
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
-from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import _tensors as tensors_in, call_model, must_run
+from goodfit.surgery.running import call_model, must_run, quiet
 
 __all__ = ["Ancestry", "Value", "ancestry", "bits", "function_name"]
 

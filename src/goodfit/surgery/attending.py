@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.layers.attention import AttentionRate
 from goodfit.surgery.ancestry import function_name
 from goodfit.surgery.droppers import settled
-from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import _tensors as tensors_in, call_model, must_run
+from goodfit.surgery.running import call_model, must_run, quiet
 
 __all__ = ["Attending", "attending", "hang_rate"]
 

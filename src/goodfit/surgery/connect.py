@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.layers.connect import SeededDropConnect
-from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import _tensors as tensors_in, call_model, must_run
+from goodfit.surgery.running import call_model, must_run, quiet
 from goodfit.where import owners
 
 __all__ = ["mask_weight", "reader"]

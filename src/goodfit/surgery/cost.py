@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from goodfit.dataflow.dependence import plain_operations
-from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import call_model
+from goodfit.surgery.running import call_model, quiet
 
 __all__ = ["flops", "milliseconds", "size"]
 

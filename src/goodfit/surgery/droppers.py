@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from goodfit.surgery.proof import quiet
-from goodfit.surgery.trace import DROPPERS, call_model, must_run, rate_of
+from goodfit.surgery.running import call_model, must_run, quiet
+from goodfit.surgery.trace import DROPPERS, rate_of
 
 __all__ = ["droppers", "set_rate", "settled"]
 

@@ -15,9 +15,8 @@ from goodfit.dataflow.dependence import Dependence, plain_operations
 from goodfit.dataflow.flows import tensors_in
 from goodfit.dataflow.rules import rule
 from goodfit.surgery.choice import Choice
-from goodfit.surgery.proof import quiet
+from goodfit.surgery.running import call_model, quiet
 from goodfit.surgery.slicing import bias_of, owner
-from goodfit.surgery.trace import call_model
 
 __all__ = ["choose", "follow"]
 

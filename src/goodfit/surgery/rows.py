@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.surgery.proof import _along, _mapped, quiet
-from goodfit.surgery.trace import _tensors as tensors_in, call_model
+from goodfit.dataflow.flows import tensors_in
+from goodfit.surgery.proof import along, mapped
+from goodfit.surgery.running import call_model, quiet
 
 __all__ = ["row_axes"]
 
@@ -29,7 +30,7 @@ def row_axes(model: nn.Module, example: Any, hosts: dict[str, nn.Module]) -> dic
     shapes = [t.shape for t in tensors_in(example)]
     for axis in (0, 1):
         size = next((shape[axis] for shape in shapes if len(shape) > axis), 0)
-        repeated = _mapped(example, partial(_along, axis=axis, size=size, index=[0] * (size + 1)))
+        repeated = mapped(example, partial(along, axis=axis, size=size, index=[0] * (size + 1)))
         after: dict[str, list[Tensor]] = {}
         with suppress(Exception):  # the model may not take so many
             after = _outputs(model, repeated, hosts)

@@ -7,20 +7,20 @@ modules, and follows tensors by what they are computed from, so it does not take
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from goodfit.errors import GoodfitError
+from goodfit.dataflow.flows import tensors_in
 from goodfit.noise import Noisy
+from goodfit.surgery.running import call_model, must_run, quiet
 from goodfit.where import KERNELS, NORMS
 
-__all__ = ["DROPPERS", "Call", "call_model", "evaluating", "flow", "must_run", "rate_of", "training"]
+__all__ = ["DROPPERS", "Call", "flow", "rate_of"]
 
 # names of torch functions, whichever module defines them, without the underscores of in-place and private ones
 _ACTIVATIONS = {"celu", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"}
@@ -63,49 +63,11 @@ def rate_of(args: Any, kwargs: Any) -> float:
     return args[1] if len(args) > 1 else kwargs.get("p", 0.5)
 
 
-def call_model(model: nn.Module, x: Any) -> Any:
-    """Run a model on one input batch: a dict goes in as keywords, a tuple as positions, else as it is."""
-    if isinstance(x, dict):
-        return model(**x)
-    return model(*x) if isinstance(x, tuple) else model(x)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode; every submodule gets its own mode back, whatever happens."""
-    with _modes_kept(model):
-        model.eval()
-        yield
-
-
-@contextmanager
-def training(model: nn.Module) -> Iterator[None]:
-    """Put a model that is in eval mode into train mode, and leave one in train mode as it is, frozen parts and all."""
-    with _modes_kept(model):
-        if not model.training:
-            model.train()
-        yield
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def flow(model: nn.Module, example: Any) -> list[Call]:
     """The calls of kernel layers, norms and activations for one example, in order, in eval mode; the model stays as it is."""
     trace = _Trace()
-    cuda = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=sorted(cuda)))
+        stack.enter_context(quiet(model))
         for name, module in model.named_modules():
             hook = trace.on(name, _kind_of(module), leaf=_leaf(module) and not isinstance(module, Noisy))
             if hook is not None:
@@ -116,15 +78,6 @@ def flow(model: nn.Module, example: Any) -> list[Call]:
         except Exception as error:
             raise must_run(model, error) from error
     return trace.calls
-
-
-def must_run(model: nn.Module, error: Exception) -> GoodfitError:
-    """What to say of a model that failed on its example."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return GoodfitError(
-        f"{type(model).__name__} must run on the example in eval mode, got {type(error).__name__}: {first}; give one "
-        "input batch as the model takes it: a tensor, a tuple of positions or a dict of keywords."
-    )
 
 
 def _leaf(module: nn.Module) -> bool:
@@ -166,10 +119,10 @@ class _Trace(TorchFunctionMode):
 
         def layer(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             inputs = [*args, *kwargs.values()]
-            new = isinstance(output, Tensor) and not any(t is output for t in _tensors(inputs))
+            new = isinstance(output, Tensor) and not any(t is output for t in tensors_in(inputs))
             if kind == "norm" and new and any(c.kind == "activation" for c in self.of(output).straight):
                 return  # a norm with its activation in it: both were seen as functions
-            self.note(kind, name, module, inputs, [self.of(t) for t in _tensors(inputs)], output)
+            self.note(kind, name, module, inputs, [self.of(t) for t in tensors_in(inputs)], output)
 
         def around(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             last = self.calls[-1] if self.calls else None
@@ -194,7 +147,7 @@ class _Trace(TorchFunctionMode):
         output: Any,
         function: str = "",
     ) -> None:
-        outputs = list(_tensors(output))
+        outputs = list(tensors_in(output))
         if not outputs:
             return
         call = Call(kind, name, module, next(iter(inputs), None), outputs[0], function)
@@ -209,7 +162,7 @@ class _Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, inputs = getattr(func, "__name__", "?").strip("_"), [*args, *kwargs.values()]
-        origins = [self.of(t) for t in _tensors(inputs)]
+        origins = [self.of(t) for t in tensors_in(inputs)]
         output = func(*args, **kwargs)
         if name in _ACTIVATIONS or name in _NORMALIZERS:
             self.note("activation" if name in _ACTIVATIONS else "norm", "", None, inputs, origins, output, name)
@@ -227,7 +180,7 @@ class _Trace(TorchFunctionMode):
                 before.reaches.append(self.calls[-1])
         untouched = {id(o.tensor) for o in origins if o.version == _version(o.tensor)}
         changed = output if output is not None else inputs[:1]  # x[i] = y returns nothing
-        for t in _tensors(changed):
+        for t in tensors_in(changed):
             if id(t) not in untouched:
                 self.origins[id(t)] = _Origin(t, _version(t), (), reached)
         return output
@@ -239,15 +192,3 @@ def _version(tensor: Tensor) -> int:
 
 def _distinct(calls: Iterator[Call]) -> list[Call]:
     return list(dict.fromkeys(calls))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value, through lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one)
