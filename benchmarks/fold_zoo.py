@@ -101,6 +101,8 @@ def measure(build: Build, largest: float) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         model, example, fresh = build()
+    except MemoryError as problem:
+        return {"status": "skipped", "reason": str(problem)}
     except BaseException as problem:
         return {"status": "not built", "reason": f"{type(problem).__name__}: {problem}"[:120]}
     if sum(p.numel() for p in model.parameters()) > largest * 1e6:

@@ -153,9 +153,7 @@ def _task(vision: Any, name: str) -> tuple[nn.Module, Any, Any]:
     if any(part in name for part in ("deeplab", "fcn", "lraspp")):
         numbers["weights_backbone"] = None
         return vision.get_model(name, **numbers), torch.randn(1, 3, 64, 64), torch.randn(2, 3, 64, 64)
-    shape = (3, 16, 224, 224) if name.startswith("mvit") else (3, 14, 64, 64)
-    if name == "s3d":
-        shape = (3, 14, 224, 224)
+    shape = (3, 16, 224, 224) if name.startswith("mvit") else (3, 14, 224, 224) if name == "s3d" else (3, 4, 32, 32)
     return vision.get_model(name, **numbers), torch.randn(1, *shape), torch.randn(2, *shape)
 
 
@@ -167,5 +165,9 @@ def _hf_vision(hf: Any, config_name: str, kind: str) -> tuple[nn.Module, Any, An
     config.use_pretrained_backbone = False
     size = getattr(config, "image_size", None)
     side = size if isinstance(size, int) else 128
+    with torch.device("meta"):  # some have billions of parameters
+        count = sum(p.numel() for p in getattr(hf, kind)(config).parameters())
+    if count > 150e6:
+        raise MemoryError(f"{count / 1e6:.0f} M parameters")
     model = getattr(hf, kind)(config)
     return model, *({"pixel_values": torch.randn(n, 3, side, side)} for n in (1, 2))
