@@ -4,7 +4,7 @@
 
 The loop knows its models: what drops in them is set by hand, nothing is checked and nothing is put back. `mc_predict` pays for
 finding and proving (a few forwards under a dispatch mode, whatever S is), and wins by drawing samples side by side. Its time
-is of the whole call: medians of turns taken alternately, on a CPU of the process's own time, as a busy machine counts less.
+is of the whole call: medians of turns taken alternately, on a CPU in time of the process, so that a busy machine counts less.
 """
 
 from __future__ import annotations
