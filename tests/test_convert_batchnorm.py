@@ -416,7 +416,7 @@ REFUSED: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "target": (Residual, "gost", None, {}, "'sync', 'ghost' or 'group', got 'gost'; did you mean ghost"),
     "no batches": (Residual, "group", None, {}, "needs batches to begin from"),
     "batches": (Residual, "ghost", X, {}, "takes no batches"),
-    "a tensor": (Residual, "group", IMAGES, {}, "a DataLoader or a list of them, got a Tensor"),
+    "a tensor": (Residual, "group", IMAGES, {}, "a DataLoader or a list of batches, got a Tensor"),
     "a pair": (Residual, "group", (IMAGES, IMAGES), {}, "got a tuple: give"),
     "empty": (Residual, "group", [], {}, "needs batches with rows, got none"),
     "triple": (Residual, "group", [(IMAGES, IMAGES, IMAGES)], {}, "got a tuple of 3"),

@@ -16,7 +16,7 @@ FLOORS = [
     {"hyper", "noise", "rows", "where", "axes", "factors", "groups", "blocks", "tensors", "losses", "progress"},
     {"dataflow", "layers"},
     {"surgery"},
-    {"batchnorms", "sampling"},
+    {"batchnorms", "sampling", "shrinking"},
     {"phases", "rates"},
     {"regularizers"},
     {"cocktail"},

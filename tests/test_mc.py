@@ -475,6 +475,7 @@ def test_blocks_without_a_seed_go_on_with_torchs_generator() -> None:
     assert not torch.equal(first, second)
 
 
+@pytest.mark.filterwarnings("ignore:The gradients of several batches")
 def test_training_goes_on_as_if_nothing_had_been_sampled() -> None:
     def trained(sampling: bool) -> tuple[list[Tensor], list[Tensor]]:
         torch.manual_seed(0)

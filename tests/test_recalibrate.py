@@ -295,7 +295,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "needs batches with rows": (list, {}),
     r"takes a DataLoader or a list of batches, got a Tensor: give \[x\]": (ok, {}),
     r"got a tuple of 3; several inputs: \(\(a, b\), y\)": (lambda: [(ok(), ok(), ok())], {}),
-    "samples must be an integer >= 1, got samples=0": (lambda: [ok()], {"samples": 0}),
+    "samples, a number of rows >= 1, got samples=0": (lambda: [ok()], {"samples": 0}),
 }
 
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import goodfit as gf
-from goodfit.surgery.attention import NarrowAttention
+from goodfit.shrinking.attention import NarrowAttention
 from goodfit.surgery.proof import answers, largest_error
 
 SERIES = torch.randn(3, 5, 8, dtype=torch.float64)

@@ -160,7 +160,7 @@ def test_a_norm_that_the_cocktail_inserts_counts_too_and_schedules_count_true_st
     model[0].register_forward_hook(lambda m, *_: rates.append(model[1].dropout.p if m.training and seen else None))
     with pytest.warns(GoodfitWarning, match="17 rows"):
         fit(model, DataLoader(DATA, batch_size=8), VALID, mix, epochs=2)
-    assert seen == [8, 9, 8, 9]
+    assert seen[1:] == [8, 9, 8, 9]  # building has looked at the example first
     assert [r for r in rates if r is not None] == [0.0, 0.25, 0.5, 0.5]
 
 

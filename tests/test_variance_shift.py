@@ -189,7 +189,7 @@ def weighted() -> nn.Module:
     ("make", "batches", "message"),
     [
         (lambda: "net", [ROWS], "takes a torch.nn.Module and batches, in this order, got a str"),
-        (lambda: dropped(0.5), ROWS, "needs batches, as a DataLoader or a list"),
+        (lambda: dropped(0.5), ROWS, "takes a DataLoader or a list of batches"),
         (lambda: dropped(0.5), [], "needs batches with rows"),
         (lambda: dropped(0.5), [ROWS[:, :3]], "runs Sequential on the batches in both modes, got RuntimeError: mat1"),
         (lambda: dropped(0.5), [ROWS * float("nan")], "'2' gets nan or inf"),

@@ -114,7 +114,7 @@ class Mean(Step, Finish):
         return {n: w.clone() for n, w in weights.items()}
 
     def step(self, weights: Any, lr: Any, rate: Any, state: Any) -> Any:
-        return dict(weights), {n: m + self.share * (weights[n] - m) for n, m in state.items()}
+        return dict(weights), {**state, **{n: state[n] + self.share * (w - state[n]) for n, w in weights.items()}}
 
     def finish(self, weights: Any, buffers: Any, state: Any) -> Any:
         on = torch.as_tensor(self.share) > 0

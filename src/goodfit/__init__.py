@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from goodfit.sampling.dropping import mc_dropout as mc_dropout
     from goodfit.sampling.predict import mc_predict as mc_predict
     from goodfit.sampling.prediction import Prediction as Prediction
+    from goodfit.shrinking.shrink import shrink as shrink
     from goodfit.small_batches import merge_last as merge_last
-    from goodfit.surgery.shrink import shrink as shrink
 
 __version__ = "0.1.0"
 
@@ -82,7 +82,7 @@ _NAMES = {
     "parse": "cocktail",
     "path": "paths.path",
     "recalibrate": "batchnorms.recalibrate",
-    "shrink": "surgery.shrink",
+    "shrink": "shrinking.shrink",
     "thaw_batchnorm": "batchnorms.freeze",
     "variance_shift": "batchnorms.variance_shift",
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 import weakref
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -33,19 +32,19 @@ class _Watch:
 
     def __init__(self, plan: Plan, name: str, norm: _BatchNorm) -> None:
         self.name, self.norm = name, norm
-        self.step, self.count = -1, torch.empty(0)
+        self.step, self.count = -1, 0
         self.handle = norm.weight.register_hook(self)  # type: ignore[no-untyped-call]
         self.plan = weakref.ref(plan, lambda _: self.handle.remove())
 
     def __call__(self, grad: Tensor) -> None:
-        plan, held, count = self.plan(), self.norm.weight.grad, getattr(self.norm, "num_batches_tracked", None)
-        if plan is None or count is None:
+        plan, held, counted = self.plan(), self.norm.weight.grad, self.norm.num_batches_tracked
+        if plan is None or counted is None:
             return
-        if plan.clock.step != self.step or held is None or not bool(held.any()):
-            self.step, self.count = plan.clock.step, count.clone()
-        elif not torch.equal(count, self.count):
+        count = counted._version  # a device need not be waited for to read it
+        if plan.clock.step == self.step and held is not None and count != self.count and bool(held.any()):
             self.handle.remove()
             self._tell()
+        self.step, self.count = plan.clock.step, count
 
     def _tell(self) -> None:
         warnings.warn(

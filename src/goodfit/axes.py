@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-__all__ = ["head_ids", "input_ids", "unit_ids"]
+__all__ = ["head_ids", "input_ids", "oriented", "unit_ids"]
 
 
 def unit_ids(weight: Tensor, owner: nn.Module | None, local: str) -> tuple[str, Tensor]:
@@ -36,6 +36,12 @@ def head_ids(weight: Tensor, owner: nn.Module | None, local: str) -> Tensor | No
     if local == "out_proj.weight":
         return _along(weight, 1) // owner.head_dim
     return _along(weight, 0) % owner.embed_dim // owner.head_dim if local.endswith("proj_weight") else None
+
+
+def oriented(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """A convolution's stored weight, seen as (group, row, column, kernel...)."""
+    grouped = weight.view(groups, -1, *weight.shape[1:])
+    return grouped.transpose(1, 2) if transposed else grouped
 
 
 def _is_transposed(owner: nn.Module | None, weight: Tensor) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goodfit.axes import oriented
 from goodfit.batchnorms.chains import Pair
 from goodfit.surgery.insert import take_out
 from goodfit.surgery.proof import Proof
-from goodfit.surgery.slicing import Snapshot, oriented
+from goodfit.surgery.snapshot import Snapshot
 
 __all__ = ["Folding"]
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from goodfit.surgery.choice import Choice
+from goodfit.shrinking.choice import Choice
+from goodfit.shrinking.slicing import owner
 from goodfit.surgery.insert import insert_before
-from goodfit.surgery.slicing import owner
 
 __all__ = ["Take", "ignored", "take"]
 

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from goodfit.dataflow.dependence import Dependence, plain_operations
 from goodfit.dataflow.flows import tensors_in
 from goodfit.dataflow.rules import rule
-from goodfit.surgery.choice import Choice
+from goodfit.shrinking.choice import Choice
+from goodfit.shrinking.slicing import bias_of, owner
 from goodfit.surgery.running import call_model, quiet
-from goodfit.surgery.slicing import bias_of, owner
 
 __all__ = ["choose", "follow"]
 

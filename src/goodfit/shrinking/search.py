@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from goodfit.surgery.choice import Choice
-from goodfit.surgery.inputs import ignored, take
-from goodfit.surgery.slicing import Snapshot, cut
+from goodfit.shrinking.choice import Choice
+from goodfit.shrinking.inputs import ignored, take
+from goodfit.shrinking.slicing import cut
+from goodfit.surgery.snapshot import Snapshot
 
 __all__ = ["Search"]
 

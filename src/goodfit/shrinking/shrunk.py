@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from goodfit.surgery.attention import heads_lost
-from goodfit.surgery.choice import Choice
-from goodfit.surgery.slicing import owner
+from goodfit.shrinking.attention import heads_lost
+from goodfit.shrinking.choice import Choice
+from goodfit.shrinking.slicing import owner
 
 __all__ = ["BENIGN", "Shrunk", "kept_zeros", "what_went"]
 

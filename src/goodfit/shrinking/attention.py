@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from goodfit.dataflow.flows import Rectangle
 from goodfit.errors import GoodfitError
-from goodfit.surgery.choice import Choice
+from goodfit.shrinking.choice import Choice
 
 __all__ = ["NarrowAttention", "heads_lost", "lower_numbers", "narrow"]
 

@@ -1,4 +1,4 @@
-"""Cut slices out of a model's parameters, after their constants went elsewhere; and put everything back."""
+"""Cut slices out of a model's parameters, after their constants went elsewhere."""
 
 from __future__ import annotations
 
@@ -12,34 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from goodfit.axes import oriented
 from goodfit.dataflow.atoms import FIXED, Axis
 from goodfit.dataflow.flows import Reader
-from goodfit.surgery.attention import lower_numbers, narrow
-from goodfit.surgery.choice import Choice
+from goodfit.shrinking.attention import lower_numbers, narrow
+from goodfit.shrinking.choice import Choice
 
-__all__ = ["Snapshot", "bias_of", "cut", "oriented", "owner"]
-
-
-class Snapshot:
-    """What every module holds, by reference: cheap, and enough since no tensor is ever written in place."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.kept = [
-            (m, type(m), {k: (v, dict(v)) if isinstance(v, dict) else (v, None) for k, v in vars(m).items()})
-            for m in model.modules()
-        ]
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for module, kind, held in self.kept:
-            module.__class__ = kind
-            for name in set(vars(module)) - set(held):
-                del module.__dict__[name]
-            for name, (value, items) in held.items():
-                if items is not None:
-                    value.clear()
-                    value.update(items)
-                module.__dict__[name] = value
+__all__ = ["bias_of", "cut", "owner"]
 
 
 def owner(model: nn.Module, name: str) -> tuple[Any, str]:
@@ -131,12 +110,6 @@ def _with_merges(model: nn.Module, choice: Choice) -> dict[str, Tensor]:
         group = column // width
         view[group, :, host % width] += view[group, :, column % width] * ratio
     return changed
-
-
-def oriented(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """A convolution's stored weight, seen as (group, row, column, kernel...)."""
-    grouped = weight.view(groups, -1, *weight.shape[1:])
-    return grouped.transpose(1, 2) if transposed else grouped
 
 
 def _sliced(module: Any, value: Tensor, axes: list[Axis], choice: Choice) -> Tensor:

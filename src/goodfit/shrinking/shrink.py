@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from goodfit.errors import GoodfitError
+from goodfit.shrinking.follow import choose, follow
+from goodfit.shrinking.search import Search
+from goodfit.shrinking.shrunk import BENIGN, Shrunk, kept_zeros, what_went
 from goodfit.surgery.cost import flops, milliseconds, size
-from goodfit.surgery.follow import choose, follow
 from goodfit.surgery.proof import Proof
 from goodfit.surgery.refusals import refuse_unfit
-from goodfit.surgery.search import Search
-from goodfit.surgery.shrunk import BENIGN, Shrunk, kept_zeros, what_went
-from goodfit.surgery.slicing import Snapshot
+from goodfit.surgery.snapshot import Snapshot
 
 __all__ = ["shrink"]
 

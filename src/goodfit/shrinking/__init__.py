@@ -1,0 +1,1 @@
+"""What is exactly zero goes: units, filters, heads and input features."""
