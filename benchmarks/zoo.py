@@ -146,7 +146,8 @@ def _task(vision: Any, name: str) -> tuple[nn.Module, Any, Any]:
     if any(part in name for part in ("rcnn", "fcos", "retinanet", "ssd")):
         numbers["weights_backbone"] = None
         backbone = vision.get_model(name, **numbers).backbone
-        return backbone, torch.randn(1, 3, 96, 96), torch.randn(2, 3, 96, 96)
+        side = 300 if name.startswith("ssd") else 96
+        return backbone, torch.randn(1, 3, side, side), torch.randn(2, 3, side, side)
     if name.startswith("raft"):
         one, two = ((torch.randn(n, 3, 128, 128), torch.randn(n, 3, 128, 128), 2) for n in (1, 2))
         return vision.get_model(name, **numbers), one, two
