@@ -109,7 +109,7 @@ def test_the_eight_calls_the_hooks_and_a_closure_give_the_same_bits(make: Callab
             went.append(run.epoch(score))
         assert went == [True, True, True, False]
         assert "2 checks" in run.stopped
-        made.append(run.finish())
+        made.append(run.finish(batches=BATCHES))
     assert same(made[0], made[1])
     assert same(made[0], made[2])
     assert not same(made[0], start(*FULL)[0].model)

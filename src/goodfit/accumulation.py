@@ -37,7 +37,7 @@ class _Watch:
         self.plan = weakref.ref(plan, lambda _: self.handle.remove())
 
     def __call__(self, grad: Tensor) -> None:
-        plan, held, counted = self.plan(), self.norm.weight.grad, self.norm.num_batches_tracked
+        plan, held, counted = self.plan(), self.norm.weight.grad, getattr(self.norm, "num_batches_tracked", None)
         if plan is None or counted is None:
             return
         count = counted._version  # a device need not be waited for to read it
