@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 def test_readme_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_default_dtype(torch.float32)
     blocks = re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert [name for name, _ in blocks] == ["loop", "text", "fit", "path", "shrink", "stopping"]
+    assert [name for name, _ in blocks] == ["loop", "text", "fit", "path", "shrink", "norms", "sampling", "stopping"]
     world: dict[str, object] = {}
     for name, block in blocks:
         exec(compile(block, f"README.md:{name}", "exec"), world)
