@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "goodfit"
 FLOORS = [
     {"errors", "schedules", "defaults"},
-    {"hyper", "noise", "rows", "where", "axes", "factors", "groups", "blocks", "tensors", "losses", "progress"},
+    {"hyper", "noise", "rows", "where", "axes", "factors", "groups", "blocks", "tensors", "losses", "processes", "progress"},
     {"dataflow", "layers"},
     {"surgery"},
     {"batchnorms", "sampling", "shrinking"},

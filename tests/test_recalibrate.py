@@ -291,7 +291,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "met NaN, inf or numbers beyond .* in what 1 gets": (lambda: [ok(), ok() * torch.nan], {}),
     "met NaN, .* in what 4 gets; all statistics are as they were": (lambda: [ok(), ok()], {}),
     "must run on the example in eval mode, got RuntimeError": (lambda: [ok(), torch.randn(4, 6)], {}),
-    "got a stream that can be read once: give a list or a DataLoader": (lambda: iter([ok()]), {}),
+    "got a stream that can be read once: give a list or a DataLoader": (lambda: iter([ok(), ok()]), {}),
     "needs batches with rows": (list, {}),
     r"takes a DataLoader or a list of batches, got a Tensor: give \[x\]": (ok, {}),
     r"got a tuple of 3; several inputs: \(\(a, b\), y\)": (lambda: [(ok(), ok(), ok())], {}),
@@ -458,3 +458,16 @@ def test_fit_hands_over_its_training_data() -> None:
     model, x = mlp(), torch.randn(40, 5)
     gf.fit(model, (x, x.sum(1, keepdim=True)), (x, x.sum(1, keepdim=True)), Mean(0.05), epochs=2, batch_size=12, progress=False)
     torch.testing.assert_close(model.eval()(x), as_one_batch(model, x))
+
+
+def test_data_that_is_one_batch_takes_one_pass() -> None:
+    x, seen = torch.randn(12, 5), []
+    one, two = mlp(), mlp()
+    two.load_state_dict(one.state_dict())
+    one.register_forward_pre_hook(lambda *_: seen.append(1))
+    recalibrate(one, iter([x]))
+    recalibrate(two, [x[:4], x[4:]])
+    assert len(seen) == 1
+    torch.testing.assert_close(
+        [b for n, b in one.named_buffers() if "running" in n], [b for n, b in two.named_buffers() if "running" in n]
+    )

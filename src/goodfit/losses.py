@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["loss_of", "task_of"]
+__all__ = ["loss_of", "score_of", "task_of"]
 
 
 def loss_of(task: str) -> Callable[[Any, Tensor], Tensor]:
@@ -62,3 +62,14 @@ def _refuse_others(outputs: Any) -> None:
 
 
 _LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {"classes": _cross_entropy, "numbers": _squared_error}
+
+
+def score_of(value: float | Tensor) -> Tensor:
+    """A score as a tensor of one number."""
+    try:
+        number = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        number = torch.empty(0)
+    if number.numel() != 1:
+        raise GoodfitError(f"A score must be one number, got {value!r}.")
+    return number.reshape(())

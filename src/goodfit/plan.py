@@ -12,23 +12,10 @@ from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
 from goodfit.phases import Build, Finish, State
+from goodfit.processes import rank
 from goodfit.tensors import load_tensors, tensors_of
 
-__all__ = ["Plan", "rank", "world"]
-
-
-def rank() -> int:
-    """This process among those that train together."""
-    return torch.distributed.get_rank() if _together() else 0
-
-
-def world() -> int:
-    """How many processes train together."""
-    return torch.distributed.get_world_size() if _together() else 1
-
-
-def _together() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+__all__ = ["Plan"]
 
 
 class Plan:

@@ -24,10 +24,11 @@ from goodfit.beside import Beside
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.errors import GoodfitError
 from goodfit.hooks import hook, unwrapped
-from goodfit.losses import loss_of
+from goodfit.losses import loss_of, score_of
 from goodfit.noise import Noise
 from goodfit.phases import Batch, Build, Epoch, Gradient, Loss, Penalty, Regularizer, Report, State, Step
-from goodfit.plan import Plan, rank, world
+from goodfit.plan import Plan
+from goodfit.processes import rank, world
 from goodfit.surgery.running import call_model
 from goodfit.tensors import tensors_of
 
@@ -124,7 +125,7 @@ class Run:
         if self._heard:
             self._refuse_standstill()
         self._heard = True
-        report = Report(_number(score), *(None if n is None else _number(n) for n in (train_loss, stderr)))
+        report = Report(score_of(score), *(None if n is None else score_of(n) for n in (train_loss, stderr)))
         weights, buffers = tensors_of(self.model)
         for key, one in self._plan.of(Epoch):
             go_on, self._plan.states[key] = one.epoch(report, weights, buffers, self._plan.states[key])
@@ -238,13 +239,3 @@ class Run:
                     if call not in self._seen:
                         raise GoodfitError(f"{type(one).__name__} acts in run.{call}, which was not called; add: {line}")
             self._seen.add("ready")
-
-
-def _number(value: float | Tensor) -> Tensor:
-    try:
-        number = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError):
-        number = torch.empty(0)
-    if number.numel() != 1:
-        raise GoodfitError(f"A score must be one number, got {value!r}.")
-    return number.reshape(())

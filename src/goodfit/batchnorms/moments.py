@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from goodfit.processes import world
+
 __all__ = ["Moments"]
 
 
@@ -42,7 +44,7 @@ class Moments:
     def over_processes(self) -> None:
         """Merge what the processes of a group have seen, each of its share of the data."""
         own = torch.cat([torch.full_like(self.mean[:1], self.count), self.mean, self.squares])
-        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        parts = [torch.empty_like(own) for _ in range(world())]
         torch.distributed.all_gather(parts, own)
         self.count, self.mean, self.squares = 0.0, torch.zeros_like(self.mean), torch.zeros_like(self.mean)
         for part in parts:

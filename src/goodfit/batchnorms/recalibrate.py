@@ -19,6 +19,7 @@ from goodfit.batchnorms.compensate import affine_changes
 from goodfit.batchnorms.freeze import is_frozen, owns_statistics
 from goodfit.batchnorms.watch import Norm, Watch
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.processes import world
 from goodfit.surgery.running import call_model, evaluating, must_run
 
 __all__ = ["recalibrate", "to_recalibrate"]
@@ -40,9 +41,10 @@ def recalibrate(
               it said.
     Shapes:   batches is a DataLoader, or a list, of x, [x], (x, y) or dicts of keywords. A model under DataParallel, DDP or
               torch.compile is recalibrated inside.
-    Ranges:   exact takes as many passes over the data as norms lie behind one another, each only as deep as it must;
-              exact=False takes one, in which each norm sees the norms before normalize by their batch, as in training: what
-              small batches add to the spread stays in. keep_function takes one. samples ends a pass after about so many rows.
+    Ranges:   exact takes as many passes over the data as norms lie behind one another, each only as deep as it must; one where
+              all the data is one batch. exact=False takes one, in which each norm sees the norms before normalize by their
+              batch, as in training: what small batches add to the spread stays in. keep_function takes one. samples ends a
+              pass after about so many rows.
     Errors:   GoodfitError, with the model untouched, for a model that fails on a batch, data with NaN or inf, a stream that
               more than one pass would have to read, scripted and lazy models. A norm that does not run in eval mode, or not
               by torch's batch_norm, is left out, with a warning.
@@ -111,6 +113,7 @@ class _Recalibration:
         watch.enough = 0
         for norm in watch.norms.values():
             norm.forget()
+        turn = 0
         for turn, x in enumerate(inputs(self.model, batches, samples, "recalibrate")):
             self._forward(x)
             if exact and turn == 0:
@@ -119,7 +122,8 @@ class _Recalibration:
                     return False
         pending = [norm for norm in watch.norms.values() if norm.known is None]
         ready = [norm for norm in chosen if norm.waits <= {norm}] or chosen[:1]
-        for norm in ready if exact else pending:
+        whole = turn == 0 and world() == 1 and all(norm.calls == 1 for norm in pending)  # a batch that is all the data
+        for norm in pending if whole or not exact else ready:
             norm.settle(self.names[id(norm.mean)])
         return True
 

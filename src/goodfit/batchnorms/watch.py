@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from goodfit.batchnorms.moments import Moments
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
+from goodfit.processes import world
 
 __all__ = ["Norm", "Watch"]
 
@@ -50,7 +51,7 @@ class Norm:
 
     def settle(self, name: str) -> None:
         """Take what was seen, in all processes, as the statistics."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if world() > 1:
             self.moments.over_processes()
         mean, var = self.moments.mean.to(self.mean.dtype), self.moments.var.to(self.var.dtype)
         if not bool((mean.isfinite() & var.isfinite()).all()):
