@@ -15,6 +15,7 @@ from goodfit.regularizers.shapes import refuse_unknown, shares
 from goodfit.surgery.droppers import droppers, set_rate
 from goodfit.surgery.insert import refuse_wrappers
 from goodfit.surgery.places import Place, places
+from goodfit.surgery.records import records, remember
 from goodfit.surgery.trace import Call, flow
 from goodfit.where import Where
 
@@ -71,13 +72,13 @@ class Insertion(Build):
             if found and self.shape != "brick":
                 order = droppers(model, example)
                 mine.sort(key=order.index)
-        self._remember(model, dict(zip(mine, shares(self.shape, len(mine)), strict=True)))
+        remember(model, self._key, dict(zip(mine, shares(self.shape, len(mine)), strict=True)))
         self.tune(model)
         return model
 
     def tune(self, model: nn.Module) -> None:
         p = self.at(0).p
-        for name, share in _records(model).get(self._key, {}).items():
+        for name, share in records(model).get(self._key, {}).items():
             set_rate(model, name, p * share)
 
     @property
@@ -93,7 +94,7 @@ class Insertion(Build):
 
     def _may_take(self, model: nn.Module, name: str) -> bool:
         """Whether no other regularizer has a rate; plain dropout, which takes all kinds, gives way to the special ones."""
-        holders = {key.partition("(")[0] for key, names in _records(model).items() if name in names}
+        holders = {key.partition("(")[0] for key, names in records(model).items() if name in names}
         return holders <= {type(self).__name__, "Dropout"}
 
     def _complete(self, model: nn.Module, name: str) -> bool:
@@ -137,21 +138,10 @@ class Insertion(Build):
         """What else to warn of."""
         return []
 
-    def _remember(self, model: nn.Module, named_shares: dict[str, float]) -> None:
-        records = _records(model)
-        for names in records.values():
-            for name in named_shares:
-                names.pop(name, None)
-        records[self._key] = named_shares
-
 
 def listed(names: list[str]) -> str:
     """Names for one line of text."""
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
-def _records(model: nn.Module) -> dict[str, dict[str, float]]:
-    return model.__dict__.setdefault("goodfit_rates", {})
 
 
 def _place_of(model: nn.Module, name: str) -> str:
