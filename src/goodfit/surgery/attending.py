@@ -21,6 +21,7 @@ from goodfit.layers.attention import AttentionRate
 from goodfit.surgery.ancestry import function_name
 from goodfit.surgery.droppers import settled
 from goodfit.surgery.running import call_model, must_run, quiet
+from goodfit.surgery.trace import rate_of, trains
 from goodfit.surgery.within import Around, Deciding, Mode, arounds, callers_in, put_around
 
 __all__ = ["Attending", "attending", "hang_rate"]
@@ -168,10 +169,10 @@ class _Rate(Mode):
         kwargs, name = dict(kwargs or {}), function_name(func)
         given = args or tuple(kwargs.values())
         if _deciding.has(self) and name == "scaled_dot_product_attention":
-            self._refuse_part()
+            self._hand(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
             args, kwargs = _with(args, kwargs, 4, "dropout_p", self.layer.now)
         elif _deciding.has(self) and name == "dropout" and self.softmaxes.has(given):
-            self._refuse_part()
+            self._hand(rate_of(args, kwargs) if trains(args, kwargs) else 0.0)
             args, kwargs = _with(args, kwargs, 1, "p", self.layer.p)
             args, kwargs = _with(args, kwargs, 2, "train" if "train" in kwargs else "training", self.layer.training)
             with settled():
@@ -180,8 +181,8 @@ class _Rate(Mode):
         self.softmaxes.note(name, given, output)
         return output
 
-    def _refuse_part(self) -> None:
-        if self.layer.training:
+    def _hand(self, own: float) -> None:
+        if own != self.layer.now:
             self.refuse_part(self.layer.name)
 
 

@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from goodfit.surgery.running import call_model, must_run, quiet
-from goodfit.surgery.trace import DROPPERS, rate_of
+from goodfit.surgery.trace import DROPPERS, rate_of, trains
 from goodfit.surgery.within import Around, Deciding, Mode, arounds, callers_in, put_around
 
 __all__ = ["droppers", "set_rate", "settled"]
@@ -136,17 +136,13 @@ class _Rates(Mode):
         kwargs, function = dict(kwargs or {}), getattr(func, "__name__", "?").strip("_")
         mine = function in self.rates and _deciding.has(self) and not _settled.yes
         if mine and rate_of(args, kwargs) > 0:
-            if _trains(args, kwargs):
+            if trains(args, kwargs) and rate_of(args, kwargs) != self.rates[function]:
                 self.refuse_part(f"Dropout by {function} in {self.kind}")
             if len(args) > 1:
                 args = (args[0], self.rates[function], *args[2:])
             else:
                 kwargs["p"] = self.rates[function]
         return func(*args, **kwargs)
-
-
-def _trains(args: Any, kwargs: Any) -> bool:
-    return bool(args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True)))
 
 
 @contextmanager

@@ -40,9 +40,7 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(module, ScriptModule):
-            raise GoodfitError(
-                f"{who} edits plain layers, got the {type(module).__name__} {name!r}: {who} first, script afterwards."
-            )
+            raise GoodfitError(f"{who} edits plain layers, got the scripted {name!r}: {who} first, script afterwards.")
     if not any(True for _ in model.children()):
         raise GoodfitError(f"{who} edits the layers inside a model, got a single {kind}; wrap it in nn.Sequential.")
 
