@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from goodfit.dataflow.flows import tensors_in
 from goodfit.surgery.trace import call_model, evaluating, must_run
 
-__all__ = ["BOUNDS", "Proof", "answers", "largest_error", "quiet", "shuffled", "variants"]
+__all__ = ["BOUNDS", "Proof", "answers", "largest_error", "mapped", "quiet", "shuffled", "variants"]
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -49,14 +49,14 @@ def variants(example: Any) -> Iterator[Any]:
     What a run shows as constant must hold for them too; a model that refuses one is not asked to take it.
     """
     yield shuffled(example, torch.Generator().manual_seed(0))
-    yield _mapped(example, lambda t: -2 * t if t.is_floating_point() else t)
-    yield _mapped(example, lambda t: 5 * t + 1 if t.is_floating_point() else t)
+    yield mapped(example, lambda t: -2 * t if t.is_floating_point() else t)
+    yield mapped(example, lambda t: 5 * t + 1 if t.is_floating_point() else t)
     shapes = [t.shape for t in tensors_in(example) if t.ndim]
     for axis in range(max(map(len, shapes), default=0)):
         size = next(shape[axis] for shape in shapes if len(shape) > axis)
         for index in ((*range(size), *range(min(size, 5))), range(size - 1)):
             if len(index):
-                yield _mapped(example, partial(_along, axis=axis, size=size, index=index))
+                yield mapped(example, partial(_along, axis=axis, size=size, index=index))
 
 
 def _along(t: Tensor, axis: int, size: int, index: Sequence[int]) -> Tensor:
@@ -64,13 +64,14 @@ def _along(t: Tensor, axis: int, size: int, index: Sequence[int]) -> Tensor:
     return t.index_select(axis, torch.tensor(index, device=t.device)) if fits else t
 
 
-def _mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """A nested value with a function applied to its tensors."""
     if isinstance(value, Tensor):
         return f(value.detach())
     if isinstance(value, dict):
-        return {key: _mapped(one, f) for key, one in value.items()}
+        return {key: mapped(one, f) for key, one in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_mapped(one, f) for one in value)
+        return type(value)(mapped(one, f) for one in value)
     return value
 
 
@@ -83,7 +84,7 @@ def shuffled(example: Any, generator: torch.Generator) -> Any:
         other = t.flatten()[torch.randperm(t.numel(), generator=generator).to(t.device)].view(t.shape)
         return other if not torch.equal(other, t) else other + torch.rand(t.shape, generator=generator).to(t)
 
-    return _mapped(example, mixed)
+    return mapped(example, mixed)
 
 
 def largest_error(before: list[Tensor], after: list[Tensor]) -> tuple[float, float]:
