@@ -417,6 +417,28 @@ def test_single_and_half_precision(dtype: torch.dtype) -> None:
     assert result.error <= {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
 
 
+def test_a_model_that_rounds_by_more_than_the_bound_is_judged_in_double_precision() -> None:
+    def cancels(size: float) -> Any:
+        forward = lambda m, x: m.bn(m.fc(x)) + size - size  # noqa: E731
+        return settled(Net(forward, fc=nn.Linear(4, 6), bn=nn.BatchNorm1d(6)).float())
+
+    x = torch.randn(500, 4, dtype=torch.float32)
+    result = gf.fold_batchnorm(cancels(3e3), x)
+    assert result.folded == (("bn", "fc"),)
+    assert 1e-5 < result.error < 1e-3
+    with pytest.raises(GoodfitError, match="bn fails the proof: outputs would differ by"):
+        gf.fold_batchnorm(cancels(3e6), x)  # what is left of it are two digits
+
+
+def test_small_errors_that_are_none_of_rounding_fail() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.fc(x)) + (1e-4 if hasattr(m.bn, "running_mean") else 0.0)
+
+    model = settled(Net(forward, fc=nn.Linear(4, 6), bn=nn.BatchNorm1d(6)).float())
+    with pytest.raises(GoodfitError, match="fails the proof"):
+        gf.fold_batchnorm(model, ROWS.float())
+
+
 def test_what_a_layer_has_stays_its_own() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, bias=False), nn.BatchNorm2d(6))
     model = model.to(memory_format=torch.channels_last)

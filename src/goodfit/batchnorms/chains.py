@@ -19,7 +19,9 @@ class Pair:
     """A batch norm and the layer that takes it up: a scale and a shift for each of its rows, or of its columns."""
 
     norm: nn.Module
-    layer: Layer
+    layer: nn.Module
+    groups: int
+    transposed: bool
     before: bool  # the layer stands before the norm: by rows
     scale: Tensor
     shift: Tensor
@@ -79,7 +81,8 @@ def _into_rows(norm: nn.Module, acts: Affine, x: Tensor, layer: Layer, run: Reco
     if channels is None:
         return "its channels are not those of the norm"
     scale = torch.where(channels < 0, 1.0, acts.scale[channels])
-    return Pair(norm, layer, True, scale, torch.where(channels < 0, 0.0, acts.shift[channels]), acts.rest)
+    shift = torch.where(channels < 0, 0.0, acts.shift[channels])
+    return Pair(norm, layer.module, layer.groups, layer.transposed, True, scale, shift, acts.rest)
 
 
 def _into_columns(norm: nn.Module, acts: Affine, y: Tensor, layer: Layer, run: Record) -> Pair | str:
@@ -92,4 +95,5 @@ def _into_columns(norm: nn.Module, acts: Affine, y: Tensor, layer: Layer, run: R
     channels = unique(y, 1, layer.x, layer.columns, forward=True)
     if channels is None:
         return "its inputs are not the channels of the norm"
-    return Pair(norm, layer, False, acts.scale[channels], acts.shift[channels], acts.rest)
+    scale, shift = acts.scale[channels], acts.shift[channels]
+    return Pair(norm, layer.module, layer.groups, layer.transposed, False, scale, shift, acts.rest)
