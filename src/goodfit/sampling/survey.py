@@ -114,7 +114,8 @@ def _trained(model: nn.Module, call: Callable[[], Any], still: Pass) -> tuple[Pa
             add(group[:half])
             add(group[half:])
 
-    add([name for name, _ in model.named_modules() if name in _candidates(model)], first=True)
+    able = _candidates(model)
+    add([name for name, _ in model.named_modules() if name in able], first=True)
     return best, unfit
 
 
