@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from goodfit import GoodfitError, GoodfitWarning, mc_dropout, mc_predict
+from goodfit.layers.dropout import SeededLayer
 from goodfit.regularizers.dropout import SeededDropout
 from goodfit.sampling.prediction import of_classes
 
@@ -277,6 +279,42 @@ def test_rows_that_act_on_each_other_are_run_as_one_batch(rows: int) -> None:
     assert not mc_predict(centred, ROWS[:rows], samples=10).vectorised
 
 
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 30])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda h: centred(h * (torch.rand_like(h) > 0.4) / 0.6),
+        lambda h: centred(F.dropout(h, 0.4)),
+        lambda h: centred(per_row(h)),
+        lambda h: F.dropout(h, 0.4) + h.flip(0),
+        lambda h: F.dropout(h, 0.4) + h.cumsum(0),
+        lambda h: F.dropout(h, 0.4) + h.roll(1, 0),
+        lambda h: F.dropout(h, 0.4) + torch.arange(len(h), dtype=h.dtype)[:, None],
+        lambda h: h - (h * (torch.rand_like(h) > 0.4) - 0.6 * h).mean(0),  # nothing where each mask is its mean
+    ],
+)
+@pytest.mark.filterwarnings("ignore:mc_dropout finds that Net computes more than dropout")
+def test_rows_that_act_on_each_other_in_training_alone(act: Callable[[Tensor], Tensor], rows: int) -> None:
+    model = Net(lambda m, x: act(m.a(x)) if m.training else m.a(x), a=lin())
+    x = torch.randn(rows, 8, dtype=torch.float64)
+    assert not mc_predict(model, x, samples=30).vectorised
+    if rows > 1:
+        with pytest.raises(GoodfitError, match=f"cannot split {rows} rows"):
+            mc_predict(model, x, batch_size=1)
+
+
+def test_variance_where_rows_act_on_each_other_in_training() -> None:
+    """x₁, x₂ with masks of variance p/(1 − p), centred: (x₁² + x₂²)/4 · p/(1 − p) for either row."""
+    model, count = Net(lambda m, x: centred(F.dropout(x, 0.4)) if m.training else x), 4000
+    with pytest.warns(GoodfitWarning, match="computes more than dropout"):
+        result = mc_predict(model, torch.tensor([[1.0], [3.0]], dtype=torch.float64), samples=count)
+    within(result.variance, torch.full((2, 1), 10 / 4 * 0.4 / 0.6, dtype=torch.float64), count)
+
+
 @pytest.mark.parametrize(
     ("layer", "reason", "warned"),
     [
@@ -390,6 +428,11 @@ def test_wrapped_models_are_refused() -> None:
         ({"samples": 1}, "samples must be an integer >= 2"),
         ({"samples": True}, "samples"),
         ({"seed": -1}, "seed"),
+        ({"seed": "a"}, "seed must be an integer >= 0"),
+        ({"seed": True}, "seed"),
+        ({"seed": None}, "seed"),
+        ({"seed": 2**63}, "seed must be an integer from 0"),
+        ({"samples": None}, "samples"),
         ({"batch_size": 0}, "batch_size"),
         ({"task": "class"}, "task"),
     ],
@@ -431,6 +474,137 @@ def test_an_exception_in_the_block() -> None:
     with pytest.raises(RuntimeError, match="mine"):
         block()
     assert known(model) == before
+
+
+def test_other_models_run_in_other_threads() -> None:
+    """A model that runs elsewhere all the while, and one that is called by nothing of the sampled model, are not looked at."""
+    beside, stop, failed, expected = nn.Sequential(lin(), nn.Dropout(0.5), lin()), threading.Event(), [], 0
+
+    def work() -> None:
+        nonlocal expected
+        while not stop.is_set():
+            try:
+                beside(ROWS)
+                expected += 1
+            except Exception as problem:
+                failed.append(problem)
+
+    def within_it(m: Any, x: Tensor) -> Tensor:
+        outside.train()
+        return m.d(outside(m.a(x)))
+
+    outside, threads = nn.Sequential(nn.Dropout(0.0), lin()), [threading.Thread(target=work) for _ in range(2)]
+    model = Net(within_it, a=lin(), d=nn.Dropout(0.5))
+    for thread in threads:
+        thread.start()
+    try:
+        results = [mc_predict(model, ROWS, samples=4) for _ in range(20)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    assert expected > 0
+    assert {result.on for result in results} == {("d",)}
+
+
+def test_one_model_in_two_threads_is_refused() -> None:
+    model = nn.Sequential(nn.Sequential(lin(), nn.BatchNorm1d(8)), nn.Dropout(0.5))
+    problems: list[Exception] = []
+
+    def work(part: nn.Module) -> None:
+        try:
+            mc_predict(part, ROWS, samples=2)
+        except Exception as problem:
+            problems.append(problem)
+
+    def elsewhere(part: nn.Module) -> None:
+        thread = threading.Thread(target=work, args=(part,))
+        thread.start()
+        thread.join()
+
+    with mc_dropout(model, ROWS):
+        elsewhere(model)
+        elsewhere(nn.Sequential(model[0], nn.Dropout(0.1)))
+        elsewhere(copy.deepcopy(model))
+    assert len(problems) == 2
+    assert all(isinstance(p, GoodfitError) and "another thread samples from it" in str(p) for p in problems)
+    elsewhere(model)
+    assert len(problems) == 2
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("x", [None, ROWS[:0], (ROWS[:0],), {"x": ROWS[:0]}])
+def test_batches_without_rows_are_refused(x: Any) -> None:
+    model = nn.Sequential(lin(), nn.Dropout(0.5))
+    with pytest.raises(GoodfitError, match="got None" if x is None else "got an empty one"):
+        mc_predict(model, x)
+    with pytest.raises(GoodfitError, match="empty"), mc_dropout(model):
+        model(ROWS[:0])
+    assert model.training
+
+
+@pytest.mark.parametrize("seed", [-3, "a", True, 1.0, 2**63])
+def test_odd_seeds_are_refused(seed: Any) -> None:
+    model = nn.Sequential(lin(), nn.Dropout(0.5))
+    with pytest.raises(GoodfitError, match="seed must be an integer from 0"), mc_dropout(model, seed=seed):
+        pass
+
+
+@pytest.mark.parametrize("kind", [gf.GaussianDropout, gf.AlphaDropout])
+def test_noise_that_is_dropout_by_its_class(kind: Callable[[float], Any]) -> None:
+    model, count = nn.Sequential(lin(), nn.ReLU(), nn.Linear(8, 1)), 2000
+    if kind is gf.AlphaDropout:
+        model[1] = nn.SELU()
+    gf.Run(kind(0.4), model, example=ROWS)
+    result = mc_predict(model, ROWS, samples=count)
+    assert result.vectorised
+    if kind is gf.GaussianDropout:
+        hidden, weight = model[0](ROWS).relu().detach(), model[2].weight.detach()
+        within(result.variance, (weight**2 * hidden**2).sum(1, keepdim=True) * 0.4 / 0.6, count)
+    for layer in model.modules():
+        if isinstance(layer, SeededLayer):
+            layer.p = 0.0
+    with pytest.raises(GoodfitError, match="nothing that drops"):
+        mc_predict(model, ROWS)
+
+
+def test_trials_see_few_rows_and_a_block_is_surveyed_once() -> None:
+    model, seen = nn.Sequential(lin(), nn.Dropout(0.5), lin()), list[int]()
+    model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    many = torch.randn(10_000, 8, dtype=torch.float64)
+    mc_predict(model, many, samples=2, batch_size=1000)
+    assert [n for n in seen if n > 1000] == []
+    assert seen.count(1000) == 20
+    trials, rest = [n for n in seen if n < 1000], len(seen)
+    assert 3 < len(trials) < 8
+    assert max(trials) <= 8
+    with mc_dropout(model) as dropping:
+        first = mc_predict(model, many, samples=2, batch_size=1000)
+        assert len(seen) == 2 * rest
+        again = [mc_predict(model, part, samples=2, batch_size=1000) for part in (many, many[:3000])]
+        assert len(seen) == 2 * rest + 20 + 6
+        model(ROWS)
+        assert len(seen) == 2 * rest + 20 + 6 + 1
+        assert dropping.on == first.on
+        with mc_dropout(model, ROWS):
+            assert len(seen) == 2 * rest + 20 + 6 + 1
+        model.float()
+        mc_predict(model, many.float(), samples=2, batch_size=1000)  # of another form
+        assert len(seen) == 3 * rest + 20 + 6 + 1
+    assert torch.equal(first.samples, again[0].samples)
+    mc_predict(model, many.float(), samples=2, batch_size=1000)
+    assert len(seen) == 4 * rest + 20 + 6 + 1
+
+
+def test_a_model_that_few_rows_do_not_suit_sees_all() -> None:
+    graph = Net(lambda m, x, edges: m.d(m.a(x)).index_add(0, edges[0], x[edges[1]]), a=lin(), d=nn.Dropout(0.5))
+    x, edges = torch.randn(9, 8, dtype=torch.float64), torch.tensor([[0, 8], [8, 1]])
+    assert mc_predict(graph, (x, edges), samples=2).samples.shape == (2, 9, 8)
+    steps = Net(lambda m, x: m.d(m.b(x.mT).mT), b=nn.Linear(9, 9), d=nn.Dropout(0.5))
+    assert mc_predict(steps, x, samples=2).on == ("d",)
+    large = Net(lambda m, x: m.d(x) if len(x) > 8 else x, d=Net(lambda m, x: F.dropout(x, 0.5, m.training)))
+    assert mc_predict(large, x, samples=2).on == ("d",)
 
 
 def test_blocks_within_blocks() -> None:

@@ -1,37 +1,36 @@
 """Which random numbers a model draws in one run, which module draws them, and whether they drop something.
 
 A draw drops when it becomes a mask (by a comparison, rounding or selection) before it meets the data, or when a module with
-others inside decides by it, as layer drop does. Random numbers that meet the data as they are, are noise. An operation that
-draws and drops at once (attention, recurrent layers on a GPU) is known by its dropout argument.
+others inside decides by it, as layer drop does. Random numbers that meet the data as they are, are noise, but in a layer that
+is dropout by its class (Gaussian dropout). An operation that draws and drops at once (attention, recurrent layers on a GPU) is
+known by its dropout argument.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goodfit.dataflow.flows import tensors_in
+from goodfit.noise import Noisy
+from goodfit.sampling.kept import elsewhere
+from goodfit.sampling.operations import RATES, READS, op_of, random_now, tensors_of, told
 
-__all__ = ["Draw", "Draws", "elsewhere"]
+__all__ = ["Draw", "Draws", "own_layers"]
 
 # names of aten operations, without the underscore of in-place ones
 _MASKS = {"bernoulli", "randperm"}
 _CUTS = {"argsort", "ceil", "eq", "floor", "ge", "gt", "heaviside", "le", "lt", "ne", "round", "sign", "sort", "topk", "trunc"}
 _COMPARE = {"ge", "gt", "le", "lt"}
 _SELECT = {"gather", "index", "index_select", "take"}
-_READS = {"_local_scalar_dense", "is_nonzero", "nonzero"}
 _SCALES = {"_to_copy", "alias", "clone", "copy", "div", "expand", "mul", "squeeze", "unsqueeze", "view", "_unsafe_view"}
-_RECURRENT = {"_cudnn_rnn", "miopen_rnn"}
-_RATES = {"dropout", "dropout_p"}
 
 
 @dataclass(eq=False)
@@ -82,8 +81,12 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.outside: set[str] = set()
         self.largest = 0
         self._names = {module: name for name, module in model.named_modules()}
-        self._containers = {name for module, name in self._names.items() if any(True for _ in module.children())}
+        self._containers = {
+            name for module, name in self._names.items() if any(m is not None for m in module._modules.values())
+        }
+        self._own = {name for module, name in self._names.items() if _own(module) and getattr(module, "p", 1) != 0}
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._thread = threading.get_ident()
         self._stack = [""]
         self._marks: dict[int, _Mark] = {}
         self._means, self._watch = means, watch
@@ -101,15 +104,22 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *problem: Any) -> None:
         super().__exit__(*problem)  # type: ignore[no-untyped-call]
         self._hooks.close()
+        self._marks.clear()
+
+    def _follows(self, module: nn.Module) -> bool:
+        """Whether a call is one of this run: the hooks are global, so they meet those of other threads and models as well."""
+        return threading.get_ident() == self._thread and module in self._names
 
     def _enters(self, module: nn.Module, args: Any) -> None:
-        self._charge()
-        self._stack.append(self._names.get(module, self._stack[-1]))
-        self.called.add(self._stack[-1])
+        if self._follows(module):
+            self._charge()
+            self._stack.append(self._names[module])
+            self.called.add(self._stack[-1])
 
     def _leaves(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._charge()
-        self._stack.pop()
+        if self._follows(module):
+            self._charge()
+            self._stack.pop()
 
     def _charge(self) -> None:
         if self._watch and (now := elsewhere()) != self._elsewhere:
@@ -118,16 +128,16 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = list(tensors_in([args, kwargs]))
+        inputs = tensors_of([*args, *kwargs.values()]) if self._marks else []
         output = func(*args, **kwargs)
-        name = func._schema.name.split("::")[-1]
-        op = name if name in _READS else name.rstrip("_")
-        outputs = list(tensors_in(output))
-        self.largest = max([self.largest, *(t.nbytes for t in outputs if t.untyped_storage().data_ptr() not in self._weights)])
-        if _random(func, op, args, kwargs):
+        op, outputs = op_of(func), tensors_of([output])
+        for t in outputs:
+            if t.nbytes > self.largest and t.untyped_storage().data_ptr() not in self._weights:
+                self.largest = t.nbytes
+        if random_now(func, args, kwargs):
             self._drawn(func, op, outputs)
             if self._means and op == "bernoulli":
-                outputs[0].copy_(torch.as_tensor(dict(_told(func, args, kwargs)).get("p", args[0])))
+                outputs[0].copy_(torch.as_tensor(told(func, args, kwargs).get("p", args[0])))
         elif any(_place(t) in self._marks for t in inputs):
             self._used(op, args, inputs, outputs)
         return output
@@ -136,7 +146,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         draw = Draw(op, tuple(self._stack))
         self.draws.append(draw)
         self.sizes.append(outputs[0].numel())
-        if "dropout" in op or any(a.name in _RATES for a in func._schema.arguments):
+        if "dropout" in op or any(a.name in RATES for a in func._schema.arguments):
             draw.kind = "drops"
         elif op.startswith("rrelu"):
             draw.kind = "noise"
@@ -154,7 +164,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = max((m.tensor.numel() for m in marks), default=0)
         others = [t for t in inputs if _place(t) not in self._marks and t.is_floating_point() and t.ndim]
         data = [t for t in others if t.numel() > 1 or size == 1]  # one number beside many is a rate
-        if op in _READS:
+        if op in READS:
             for draw in draws:  # a layer that decides for itself may as well turn images round
                 self._settle([draw], "decides" if draw.owner in self._containers else "asks")
         elif op in _COMPARE and _settled([a for a in args if not isinstance(a, Tensor) or _place(a) not in self._marks], draws):
@@ -172,42 +182,25 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for t in outputs:
             self._marks[_place(t)] = _Mark(t, draws, cut)
 
-    @staticmethod
-    def _settle(draws: list[Draw], kind: str) -> None:
+    def _settle(self, draws: list[Draw], kind: str) -> None:
         for draw in draws:
-            draw.kind = draw.kind or kind
+            draw.kind = draw.kind or ("drops" if kind == "noise" and draw.owner in self._own else kind)
+
+
+def own_layers(model: nn.Module) -> set[str]:
+    """Layers that drop by their class: torch's, and those of ours."""
+    return {name for name, module in model.named_modules() if _own(module)}
+
+
+def _own(module: nn.Module) -> bool:
+    return isinstance(module, _DropoutNd | Noisy)
 
 
 def _place(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-def _random(func: Any, op: str, args: Any, kwargs: Any) -> bool:
-    """Whether an operation draws: not one that is told a rate of 0, or not to train."""
-    if torch.Tag.nondeterministic_seeded not in func.tags and op not in _RECURRENT:
-        return False
-    told = dict(_told(func, args, kwargs))
-    if told.get("train", True) is False or told.get("training", True) is False:
-        return False
-    if op == "bernoulli" and told.get("p") == 1:
-        return False
-    rates = [told[name] for name in ("p", *_RATES) if isinstance(told.get(name), float | int)]
-    return not rates or rates[0] > 0
-
-
-def _told(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
-    """Arguments by name, with the defaults of those left out."""
-    for i, one in enumerate(func._schema.arguments):
-        yield one.name, args[i] if i < len(args) else kwargs.get(one.name, one.default_value)
-
-
 def _settled(bounds: list[Any], draws: list[Draw]) -> bool:
     """Whether a comparison of uniform numbers with one number always ends the same, as at a rate of 0."""
     uniform = all(d.op in {"rand", "rand_like", "uniform"} for d in draws)
     return uniform and all((not isinstance(b, Tensor) or b.numel() == 1) and not 0 < float(b) < 1 for b in bounds)
-
-
-def elsewhere() -> tuple[Any, ...]:
-    """Where Python's and NumPy's generators stand."""
-    state: Any = np.random.get_state()
-    return random.getstate(), state[1].tobytes(), state[2]

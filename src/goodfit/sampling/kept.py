@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from goodfit.noise import Clock, Noisy
 
-__all__ = ["buffers_kept", "fresh", "modes_kept", "noise_kept", "seeded"]
+__all__ = ["buffers_kept", "elsewhere", "fresh", "modes_kept", "noise_kept", "seeded"]
 
 
 def fresh(value: Any) -> Any:
@@ -67,7 +67,8 @@ def noise_kept(model: nn.Module, seed: int) -> Iterator[None]:
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """The generators of torch, Python and NumPy begin by `seed`, and are put back."""
-    cuda = {t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    used = (*model.parameters(), *model.buffers()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    cuda = {t.device.index or 0 for t in used if t.device.type == "cuda"}
     outside, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=sorted(cuda)):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would go to devices that nobody uses, slowly
@@ -80,3 +81,9 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
         finally:
             random.setstate(outside)
             np.random.set_state(numpy)
+
+
+def elsewhere() -> tuple[Any, ...]:
+    """Where Python's and NumPy's generators stand."""
+    state: Any = np.random.get_state()
+    return random.getstate(), state[1].tobytes(), state[2]

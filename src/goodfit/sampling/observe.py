@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.sampling.draws import Draw, Draws, elsewhere
-from goodfit.sampling.kept import buffers_kept, modes_kept, noise_kept, seeded
+from goodfit.sampling.draws import Draw, Draws
+from goodfit.sampling.kept import buffers_kept, elsewhere, modes_kept, noise_kept, seeded
 
-__all__ = ["Pass", "observe", "observing", "set_modes"]
+__all__ = ["Pass", "as_it_was", "observe", "observing", "set_modes"]
 
 _OBSERVING: ContextVar[bool] = ContextVar("observing", default=False)
 
@@ -35,6 +35,11 @@ class Pass:
         return [d for d in self.draws.draws if d.drops]
 
     @property
+    def scales(self) -> bool:
+        """Whether each draw is a mask whose mean can take its place."""
+        return all(d.scales for d in self.draws.draws)
+
+    @property
     def owners(self) -> set[str]:
         return {d.owner for d in self.dropping}
 
@@ -46,9 +51,9 @@ def set_modes(model: nn.Module, on: Iterable[str]) -> None:
         module.training = name in chosen
 
 
-def observe(model: nn.Module, call: Callable[[], Any], on: Iterable[str], seed: int = 0, **how: bool) -> Pass:
-    """Run the model with some modules in train mode; it stays as it was. `how` is for `Draws`."""
-    seen = Pass(draws=Draws(model, **how))
+@contextmanager
+def as_it_was(model: nn.Module, on: Iterable[str], seed: int = 0) -> Iterator[list[tuple[nn.Module, str, Tensor, Tensor]]]:
+    """Some modules in train mode, draws by a seed, no gradients; afterwards all is as before. Yields what buffers were."""
     with ExitStack() as stack:
         stack.callback(_OBSERVING.reset, _OBSERVING.set(True))
         stack.enter_context(modes_kept(model))
@@ -58,6 +63,13 @@ def observe(model: nn.Module, call: Callable[[], Any], on: Iterable[str], seed: 
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         set_modes(model, on)
+        yield before
+
+
+def observe(model: nn.Module, call: Callable[[], Any], on: Iterable[str], seed: int = 0, **how: bool) -> Pass:
+    """Run the model with some modules in train mode; it stays as it was. `how` is for `Draws`."""
+    seen = Pass(draws=Draws(model, **how))
+    with as_it_was(model, on, seed) as before:
         generators = elsewhere()
         try:
             with seen.draws:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor, nn
 
 from goodfit.errors import GoodfitError
 from goodfit.losses import loss_of
+from goodfit.sampling.apart import rows_apart
 from goodfit.sampling.dropping import mc_dropout
-from goodfit.sampling.kept import buffers_kept, fresh
-from goodfit.sampling.observe import observe
+from goodfit.sampling.kept import buffers_kept
 from goodfit.sampling.prediction import Prediction, of_classes, of_numbers, probabilities
-from goodfit.sampling.rows import answer_of, beside, other, repeated, rows_of, sliced
+from goodfit.sampling.rows import answer_of, call_with, inputs_of, repeated, rows_of, sliced
 from goodfit.sampling.survey import Survey
-from goodfit.surgery.proof import largest_error
-from goodfit.surgery.running import call_model
 
 __all__ = ["mc_predict"]
 
@@ -32,7 +29,8 @@ def mc_predict(
 
     Formula:  mean = Σ yₛ/S and variance = Σ (yₛ − mean)²/(S − 1) over samples yₛ = f(x; W ∘ maskₛ). For task="classes" yₛ are
               probabilities, H[p] = −Σ p log p in nats, entropy = H[mean] and mutual information = H[mean] − Σ H[yₛ]/S.
-    Shapes:   x is one input batch as the model takes it (a tensor, a tuple of positions, a dict of keywords), with rows first;
+    Shapes:   x is one input batch as the model takes it (a tensor, a tuple of positions, a dict of keywords), with rows first,
+              as many as you like: trials run on a few of them, and `batch_size` splits the passes;
               the model returns one tensor, or logits: for classes scores (N, classes, ...), softmax along axis 1, or (N,) and
               (N, 1, ...), sigmoid. Results are (N, ...), samples (S, N, ...).
     Numbers:  samples, at least 2. seed >= 0: equal seeds give equal numbers (for equal batch sizes). batch_size, the most rows
@@ -42,8 +40,9 @@ def mc_predict(
     Source:   Gal and Ghahramani 2016, Dropout as a Bayesian approximation, arXiv:1506.02142; mutual information: Houlsby et
               al. 2011, Bayesian active learning, arXiv:1112.5745.
 
-    Samples are drawn side by side, the batch repeated in one pass, where a trial shows that rows do not act on each other and
-    that every mask is drawn per row; else one after the other. `result.vectorised` says which.
+    Samples are drawn side by side, the batch repeated in one pass, where trials show that rows do not act on each other, with
+    dropout on and off, and that every mask is drawn per row; else one after the other. `result.vectorised` says which. The
+    trials cost several passes over a few rows; within `with gf.mc_dropout(model):` they are made once for all batches.
 
     >>> model = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1, bias=False))
     >>> _ = nn.init.ones_(model[1].weight)
@@ -51,7 +50,7 @@ def mc_predict(
     >>> round(float(result.mean), 1), round(float(result.variance), 1)
     (1.0, 1.0)
     """
-    _check(samples, seed, task, batch_size)
+    _check(x, samples, seed, task, batch_size)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -60,24 +59,28 @@ def mc_predict(
         found = dropping.survey
         assert found is not None  # an example was given
         answer_of(found.still.output)
-        limit, rows = _limit(found, rows_of(x), batch_size), rows_of(x)
-        alone = min(samples, limit // rows) < 2 and limit >= rows if rows else True
-        apart = not alone and _apart(model, x, found)
+        inputs, rows = inputs_of(x), rows_of(x)
+        limit = _limit(found, rows, batch_size)
+        apart = rows > 0 and not rows <= limit < 2 * rows and rows_apart(model, found)
         if not apart and batch_size is not None and batch_size < rows:
             raise GoodfitError(
                 f"mc_predict cannot split {rows} rows for batch_size={batch_size}, since rows of this model act on each other "
                 "or share masks: give fewer rows, or no batch_size."
             )
-        drawn = _side_by_side(model, x, samples, limit) if apart else _in_turn(model, x, samples)
+        drawn = _side_by_side(model, inputs, samples, limit) if apart else _in_turn(model, inputs, samples)
         if task == "classes":
             return of_classes(torch.stack([probabilities(one) for one in drawn]), apart, dropping.on)
         return of_numbers(drawn, apart, dropping.on)
 
 
-def _check(samples: int, seed: int, task: str, batch_size: int | None) -> None:
+def _check(x: Any, samples: int, seed: int, task: str, batch_size: int | None) -> None:
+    if x is None:
+        raise GoodfitError("mc_predict.x must be one input batch as the model takes it, got None.")
     loss_of(task)  # refuses another
     for name, value, least in (("samples", samples, 2), ("seed", seed, 0), ("batch_size", batch_size, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if name == "batch_size" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise GoodfitError(f"mc_predict.{name} must be an integer >= {least}, got {name}={value!r}.")
 
 
@@ -85,28 +88,7 @@ def _limit(found: Survey, rows: int, batch_size: int | None) -> int:
     """The most rows of one pass."""
     if batch_size is not None:
         return batch_size
-    return max(rows, _LARGEST * rows // max(found.moving.draws.largest, 1))
-
-
-def _apart(model: nn.Module, x: Any, found: Survey) -> bool:
-    """Whether rows can stand side by side: none acts on another, and every mask is drawn for each row.
-
-    Beside rows of other numbers the eval outputs must be what they were, and twice the rows must draw, and compute from draws
-    alone, twice as much: a mask that rows share stays as large as it was.
-    """
-    rest = other(x)
-    both = beside(x, rest)
-    alone, together = (observe(model, partial(_call, model, one), ()) for one in (rest, both))
-    if alone.problem or together.problem or together.draws.draws or alone.form != found.still.form:
-        return False
-    answers = [answer_of(one.output) for one in (found.still, alone, together)]
-    if answers[0].ndim == 0 or len(answers[0]) != rows_of(x):
-        return False
-    if largest_error([torch.cat(answers[:2])], answers[2:])[0] > 1:
-        return False
-    moving = observe(model, partial(_call, model, both), found.on)
-    decides = any(d.kind == "decides" for d in (*moving.dropping, *found.moving.dropping))
-    return not moving.problem and not decides and moving.draws.sizes == [2 * n for n in found.moving.draws.sizes]
+    return max(rows, _LARGEST * rows_of(found.inputs) // max(found.moving.draws.largest, 1))
 
 
 def _side_by_side(model: nn.Module, x: Any, samples: int, limit: int) -> Tensor:
@@ -117,15 +99,11 @@ def _side_by_side(model: nn.Module, x: Any, samples: int, limit: int) -> Tensor:
         copies = max(1, limit // count)
         for done in range(0, samples, copies):
             some = min(copies, samples - done)
-            answer = answer_of(_call(model, repeated(piece, some)))
+            answer = answer_of(call_with(model, repeated(piece, some)))
             drawn.append(answer.view(some, count, *answer.shape[1:]))
         pieces.append(torch.cat(drawn))
     return torch.cat(pieces, 1)
 
 
 def _in_turn(model: nn.Module, x: Any, samples: int) -> Tensor:
-    return torch.stack([answer_of(_call(model, x)) for _ in range(samples)])
-
-
-def _call(model: nn.Module, x: Any) -> Any:
-    return call_model(model, fresh(x))
+    return torch.stack([answer_of(call_with(model, x)) for _ in range(samples)])

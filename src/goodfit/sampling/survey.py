@@ -7,21 +7,23 @@ form of the outputs are found by halving, and stay in eval mode.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
-from goodfit.noise import Noisy
+from goodfit.sampling.draws import own_layers
 from goodfit.sampling.observe import Pass, observe
+from goodfit.sampling.rows import call_with, few
 from goodfit.surgery.proof import largest_error
 from goodfit.surgery.running import must_run
 
-__all__ = ["Survey", "own_layers", "survey"]
+__all__ = ["Survey", "survey"]
 
 _SEEDS = range(4)  # a layer that its model skips at random is seen in one of these passes, or known by its class
 
@@ -30,48 +32,64 @@ _REASONS[""] = "it draws ({}) and what becomes of that is not seen"
 _OTHER = "in train mode it returns outputs of another form"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Survey:
     """on: the modules to put into train mode. off: those that draw in training, or cannot train, and why they stay in
-    eval mode. doubts: what a user must be told. still: the pass in eval mode. moving: one with dropout on."""
+    eval mode. doubts: what a user must be told. inputs: those of the passes. still: the one in eval mode. moving: one with
+    dropout on, each mask at its mean if `means`. apart: whether rows can stand side by side, None if nobody asked yet."""
 
     on: tuple[str, ...]
     off: dict[str, str]
     doubts: list[str]
+    inputs: Any
     still: Pass
     moving: Pass
+    means: bool
+    apart: bool | None = None
 
 
-def own_layers(model: nn.Module) -> set[str]:
-    """Layers that drop by their class: torch's, and those of ours."""
-    return {name for name, m in model.named_modules() if isinstance(m, _DropoutNd | Noisy)}
+def survey(model: nn.Module, inputs: Any) -> Survey:
+    """Find what must be in train mode for everything to drop that drops in training, and prove that it does.
+
+    A few rows show it; a model that they do not suit sees all.
+    """
+    some = few(inputs)
+    if some is not inputs:
+        with suppress(GoodfitError):
+            return _survey(model, some)
+    return _survey(model, inputs)
 
 
-def survey(model: nn.Module, call: Callable[[], Any]) -> Survey:
-    """Find what must be in train mode for everything to drop that drops in training, and prove that it does."""
-    still = observe(model, call, ())
+def _survey(model: nn.Module, inputs: Any) -> Survey:
+    run = partial(call_with, model, inputs)
+    still = observe(model, run, ())
     if still.problem:
         raise must_run(model, still.output)
-    trained, unfit = _trained(model, call, still)
+    trained, unfit = _trained(model, run, still)
     owners, passes = set(trained.owners), [trained]
     for seed in _SEEDS[1:]:
         if not any(d.kind == "decides" for d in trained.dropping):
             break
-        passes.append(observe(model, call, _candidates(model) - unfit.keys(), seed))
+        passes.append(observe(model, run, _candidates(model) - unfit.keys(), seed))
         owners |= passes[-1].owners
     called = set().union(*(p.draws.called for p in passes))
     on = (_alike(model, owners, called) | own_layers(model)) - unfit.keys()
-    moving = [observe(model, call, on, seed) for seed in _SEEDS[: len(passes)]]
+    means = all(d.scales for p in passes for d in p.draws.draws if d.owner in on)
+    seeds = _SEEDS[: len(passes)]
+    moving = [observe(model, run, on, seed, means=means) for seed in seeds]
     around = _around(model, passes, moving) - unfit.keys() - on
     if around:
         on |= around
-        moving = [observe(model, call, on, seed) for seed in _SEEDS[: len(passes)]]
+        moving = [observe(model, run, on, seed, means=means) for seed in seeds]
+    if means and not moving[0].scales:
+        means, moving = False, [observe(model, run, on, seed) for seed in seeds]
     _prove(model, still, passes, moving)
     off, might = _left_off(on, passes, still, unfit)
-    might |= _outside(model, call, on, passes, off)
+    might |= _outside(model, run, on, passes, off)
     doubts = [f"leaves {_shown(model, name)} in eval mode: {off[name]}" for name in sorted(might)]
-    doubts += _beside(model, call, on, still, moving[0])
-    return Survey(tuple(name for name, _ in model.named_modules() if name in on), off, doubts, still, moving[0])
+    doubts += _beside(model, still, moving[0], means)
+    ordered = tuple(name for name, _ in model.named_modules() if name in on)
+    return Survey(ordered, off, doubts, inputs, still, moving[0], means)
 
 
 def _candidates(model: nn.Module) -> set[str]:
@@ -96,7 +114,8 @@ def _trained(model: nn.Module, call: Callable[[], Any], still: Pass) -> tuple[Pa
             add(group[:half])
             add(group[half:])
 
-    add([name for name, _ in model.named_modules() if name in _candidates(model)], first=True)
+    able = _candidates(model)
+    add([name for name, _ in model.named_modules() if name in able], first=True)
     return best, unfit
 
 
@@ -117,9 +136,9 @@ def _alike(model: nn.Module, owners: set[str], called: set[str]) -> set[str]:
 
 def _around(model: nn.Module, passes: list[Pass], moving: list[Pass]) -> set[str]:
     """What stands around modules that drop in training, but not when they train alone, as within a fused eval path."""
-    pairs = zip(passes, moving, strict=True)
+    pairs, able = zip(passes, moving, strict=True), _candidates(model)
     lost = [d for then, now in pairs for d in then.dropping if d.owner not in now.owners]
-    return {name for d in lost for name in d.stack if name in _candidates(model)}
+    return {name for d in lost for name in d.stack if name in able}
 
 
 def _prove(model: nn.Module, still: Pass, passes: list[Pass], moving: list[Pass]) -> None:
@@ -171,16 +190,14 @@ def _outside(model: nn.Module, call: Callable[[], Any], on: set[str], passes: li
     return found
 
 
-def _beside(model: nn.Module, call: Callable[[], Any], on: set[str], still: Pass, moving: Pass) -> list[str]:
-    """What modules that drop do besides: noise, and, where each mask can be its mean, anything that changes the outputs."""
+def _beside(model: nn.Module, still: Pass, moving: Pass, means: bool) -> list[str]:
+    """What modules that drop do besides: noise, and, where each mask is its mean, anything that changes the outputs."""
     quiet = {(d.owner, d.op) for d in still.draws.draws}
     noisy = {d.owner: d.op for d in moving.draws.draws if d.kind == "noise" and (d.owner, d.op) not in quiet}
     told = [f"lets {_shown(model, name)} drop, which also adds noise ({op})" for name, op in sorted(noisy.items())]
-    if told or still.draws.draws or not all(d.scales for d in moving.draws.draws):
+    if told or quiet or not means:
         return told
-    mean = observe(model, call, on, means=True)
-    pairs = [list(tensors_in(one.output)) for one in (still, mean)]
-    if not mean.problem and largest_error(*pairs)[0] <= 1:
+    if largest_error(*[list(tensors_in(one.output)) for one in (still, moving)])[0] <= 1:
         return []
     return [f"finds that {type(model).__name__} computes more than dropout in the modules that drop in training"]
 
