@@ -693,6 +693,23 @@ def test_schedules_say_what_is_wrong(make: Any) -> None:
         Run(Dropout(make(0.5, epochs=2)), mlp().double(), example=X)
 
 
+def test_what_no_number_or_no_text_can_be_is_refused_in_one_line() -> None:
+    for make in (early, late, curriculum, lambda p, steps: linear(0.0, p, steps=steps)):
+        with pytest.raises(GoodfitError, match=r"goes between numbers, got .*'a'.*steps=3\)\.$"):
+            make("a", steps=3)
+    with pytest.raises(GoodfitError, match=r"Dropout\.shape must be one of brick, .*, got shape=\['brick'\]"):
+        Dropout(0.1, shape=["brick"])
+    with pytest.raises(GoodfitError, match=r"counts epochs: give steps=\.\.\., or let gf\.fit count them\.$"):
+        Run(Dropout(linear(0.0, 0.5, epochs=3)), mlp().double(), example=X)
+
+
+def test_each_name_is_told_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    Dropout(0.1).build(model, X)
+    with pytest.raises(GoodfitError, match=r"matched no place \(where=named\('x'\)\); Sequential has: 1\.$"):
+        Dropout(0.1, where=named("x")).build(model, X)
+
+
 def test_curriculum_needs_a_gamma_above_0() -> None:
     with pytest.raises(GoodfitError, match=r"curriculum\.gamma must be a finite number > 0, got curriculum\(0\.5, gamma=0"):
         curriculum(0.5, gamma=0, steps=3)
