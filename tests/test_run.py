@@ -549,10 +549,14 @@ def held(model: nn.Module) -> list[Any]:
     """All that modules hold, and what their hooks do."""
     names = ("p", "dropout", "rate", "seed", "name", "training")
     return [
-        (name, list(m._modules), list(m._parameters), list(m._forward_hooks), list(m._forward_pre_hooks))
-        + tuple(str(vars(m).get(n, m._buffers.get(n))) for n in names)
-        + tuple(str(vars(h)) for h in m._forward_pre_hooks.values() if hasattr(h, "__dict__"))
-        + (copy.deepcopy(vars(m).get("goodfit_rates")), [p.requires_grad for p in m.parameters()])
+        (
+            name,
+            [list(d) for d in (m._modules, m._parameters, m._forward_hooks, m._forward_pre_hooks)],
+            [str(vars(m).get(n, m._buffers.get(n))) for n in names],
+            [str(vars(h)) for h in m._forward_pre_hooks.values() if hasattr(h, "__dict__")],
+            copy.deepcopy(vars(m).get("goodfit_rates")),
+            [p.requires_grad for p in m.parameters()],
+        )
         for name, m in model.named_modules()
     ]
 
@@ -565,7 +569,7 @@ def test_a_refused_cocktail_leaves_no_part_of_it_in_the_model(make: Callable, mo
         gf.Run(built, model, example=X, seed=3)
     before, state = held(model), torch.get_rng_state()
     for wrong in ("DropPath(0.2)", "L2(0.1, where=named('nothing'))"):
-        with pytest.raises(gf.GoodfitError, match="found no residual addition|matched no weights"):
+        with pytest.raises(gf.GoodfitError, match=r"found no residual addition|matched no weights"):
             gf.Run(f"Dropout(0.7), {more}{wrong}", model, example=X)
         assert held(model) == before
     assert torch.equal(torch.get_rng_state(), state)
