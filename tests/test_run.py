@@ -762,6 +762,53 @@ def test_activation_checkpointing_recomputes_the_same_masks(reentrant: bool) -> 
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+class Nested(nn.Module):
+    """Checkpointing within checkpointing."""
+
+    def __init__(self, body: nn.Module, reentrant: bool | None) -> None:
+        super().__init__()
+        self.inner, self.reentrant = Checkpointed(body, reentrant), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("kind", [Checkpointed, Nested])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_that_gets_no_backward_does_not_disturb_checkpointing(kind: type[nn.Module], reentrant: bool) -> None:
+    found = []
+    for mode in (None, reentrant):
+        run = gf.Run(gf.Dropout(0.5), kind(net(), mode), example=X, seed=4)
+        grads = []
+        for without in (torch.no_grad, torch.inference_mode):
+            with without():
+                run.model(X)
+            loss = F.mse_loss(run.model(X.clone().requires_grad_()), Y)
+            with without():
+                run.model(X)
+            grads.append(backward(run.model, loss))
+        found.append([torch.cat([g.flatten() for g in one]) for one in grads])
+        assert not torch.allclose(*found[-1])
+    for plain, checked in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checked, rtol=1e-12, atol=1e-12)
+
+
+def backward(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_forwards_that_checkpointing_cannot_tell_apart_are_refused(reentrant: bool) -> None:
+    model = gf.Run(gf.Dropout(0.5), Checkpointed(net(), reentrant), example=X).model
+    one, two = (model(X.clone().requires_grad_()).sum() for _ in range(2))
+    with pytest.raises(gf.GoodfitError, match=r"body\.1\.dropout ran 2 times since the last backward.*under torch\.no_grad"):
+        (one + two).backward()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own look
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_trains_and_draws_anew_at_each_step(backend: str) -> None:
