@@ -667,6 +667,41 @@ def test_input_dropout_says_what_it_cannot_do() -> None:
         InputDropout().build(dropped, X)
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.MultiheadAttention(6, 2, batch_first=True).double()
+
+    def forward(self, x: Tensor, attn_mask: Tensor, bias: Any = None) -> Any:
+        mask = attn_mask if bias is None else attn_mask + bias
+        return x, attn_mask, self.a(x, x, x, attn_mask=mask)[0]
+
+
+def test_input_dropout_leaves_masks_alone() -> None:
+    causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    for mask, reason in ((causal, "which is not finite in the example"), (0 * causal.exp(), "a mask by its name")):
+        model = Masked()
+        with pytest.warns(GoodfitWarning, match=rf"^InputDropout leaves out attn_mask, {reason}"):
+            InputDropout(0.5).build(model, (SERIES, mask))
+        assert rates(model) == {"inputdropout_x": 0.5}
+        x, kept, out = model(SERIES, mask)
+        assert kept is mask
+        assert not torch.equal(x, SERIES)
+        assert bool(out.isfinite().all())
+
+
+def test_input_dropout_takes_a_finite_mask_where_its_very_name_asks_for_it() -> None:
+    mask = torch.ones(5, 5, dtype=torch.float64)
+    model = InputDropout(0.5, where=named("attn_mask")).build(Masked(), (SERIES, mask))
+    assert rates(model) == {"inputdropout_attn_mask": 0.5}
+    for where in (named("attn_mask"), named("bias")):
+        example = {"x": SERIES, "attn_mask": mask.log() - math.inf, "bias": mask * math.nan}
+        with pytest.raises(GoodfitError, match=r"drops no masks, and Masked takes \w+, which is not finite in the example"):
+            InputDropout(0.5, where=where).build(Masked(), example)
+    with pytest.raises(GoodfitError, match=r"takes attn_mask, a mask by its name \(where=named\('attn_mask'\) takes it\)"):
+        InputDropout(0.5, where=named("*mask")).build(Masked(), (SERIES, mask))
+
+
 # -- schedules --
 
 

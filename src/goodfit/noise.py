@@ -73,6 +73,10 @@ class Noisy:
     """
 
     seed: Tensor
+    _now: tuple[int, int]
+    _calls: int
+    _pending: int
+    _kept: int
 
     def bind(self, name: str, seed: int, clock: Clock, rank: int = 0) -> None:
         """Take name, seed and time from a run."""
