@@ -310,14 +310,67 @@ def test_rows_may_be_on_the_second_axis() -> None:
     assert {tuple(row.unique().tolist()) for row in y.unbind(1)} == {(0.0,), (2.0,)}
 
 
+EXAMPLES = {"zeros": torch.zeros(7, 3, 16), "one each": torch.randn(1, 1, 16), "batch of one": torch.randn(5, 1, 16)}
+EXAMPLES |= {
+    "numbers": torch.randn(5, 3, 16),
+    "square": torch.ones(4, 4, 16),
+    "a row again": torch.randn(5, 1, 16).expand(-1, 3, -1),
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("first", [False, True])
+def test_the_rows_are_found_whatever_the_numbers_of_the_example(first: bool, example: str) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=first)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    DropPath(0.5).build(model, EXAMPLES[example].double())
+    assert [m.axis for m in layers(model)] == [0 if first else 1] * 4
+
+
+class Recurrent(nn.Module):
+    """A residual network on each step by itself, then a recurrent one; what it returns is said by `out`."""
+
+    def __init__(self, first: bool, out: Callable[..., Any]) -> None:
+        super().__init__()
+        self.body, self.rnn, self.out = Plain(), nn.LSTM(8, 8, batch_first=first), out
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.rnn(self.body(x)))
+
+
+OUTS = (lambda y: y, lambda y: y[0], lambda y: y[1][0][-1], lambda y: (y[0].flatten(0, 1), y[1]))
+
+
+@pytest.mark.parametrize("example", [torch.zeros(7, 3, 8), torch.randn(5, 3, 8), torch.randn(1, 1, 8), torch.randn(4, 4, 8)])
+@pytest.mark.parametrize("out", OUTS)
+@pytest.mark.parametrize("first", [False, True])
+def test_where_two_axes_fit_the_whole_model_says_which_has_the_rows(
+    first: bool, out: Callable[..., Any], example: Tensor
+) -> None:
+    model = DropPath(0.5).build(Recurrent(first, out), example.double())
+    assert [m.axis for m in layers(model)] == [0 if first else 1]
+
+
+def test_rows_of_tokens_are_found_where_all_are_the_same() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), Block(True))
+    assert [m.axis for m in layers(DropPath(0.5).build(model, torch.zeros(2, 5, dtype=torch.long)))] == [0, 0]
+
+
+def test_rows_that_may_be_on_two_axes_are_refused_and_in_another_block_are_left_to_it() -> None:
+    with pytest.raises(GoodfitError, match=r"cannot tell the rows of 0\.f in Sequential: no axis .* alone, or two do"):
+        DropPath(0.5).build(nn.Sequential(Plain(), nn.Tanh()), torch.randn(5, 3, 8))
+    model = Net(lambda m, x: m.b(m.a(x)).mean(), a=Plain(), b=Block(True))  # a scalar tells nothing
+    assert [m.axis for m in layers(DropPath(0.5).build(model, torch.randn(5, 3, 8)))] == [0, 0, 0]
+
+
 def test_rows_that_do_not_show_are_left_out_or_refused() -> None:
     flat = Net(lambda m, x: (h := x.flatten(0, 1)) + m.a(h), **lin("a"))
     with pytest.raises(GoodfitError, match=r"cannot tell the rows of a in Net: no axis of its output follows"):
         DropPath(0.5).build(flat, TOKENS)
     assert not flat.a._forward_hooks
     with pytest.warns(GoodfitWarning, match=r"DropPath leaves out 1\.a, whose rows do not show\."):
-        model = DropPath(0.5).build(nn.Sequential(Plain(), flat), TOKENS)
-    assert [m.p for m in layers(model)] == [0.25]
+        model = DropPath(0.5).build(nn.Sequential(Block(True), flat).double(), TOKENS)
+    assert [m.p for m in layers(model)] == pytest.approx([0.5 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("case", ["dense", "twins", "function"])

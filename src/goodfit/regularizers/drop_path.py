@@ -33,7 +33,7 @@ class DropPath(Build):
         (whose fast path torch leaves where there are hooks). Stochastic depth that the model has, such as
         torchvision.ops.StochasticDepth and the DropPath of timm and transformers, gets the rate and stays the only one; it
         draws from torch's generator. where picks branches by the name of that module; l and L count all. The axis of the
-        rows is found by repeating a row of the example. Shapes of tensors stay.
+        rows is found by repeating and by moving rows of the example. Shapes of tensors stay.
     Numbers: p, the probability that the last block drops a row, in [0, 1), off at 0.
     Errors: p outside [0, 1); a model without residual additions, or where no branch comes from a module or shows its rows;
         none that where picks; with linear, a module that runs in blocks apart; lazy layers; a bare leaf, a DDP or compiled
@@ -102,7 +102,8 @@ class DropPath(Build):
             return GoodfitError(f"DropPath matched no branch (where={self.where}); {kind} has: {shown}.")
         return GoodfitError(
             f"DropPath cannot tell the rows of {chosen[0].name} in {kind}: no axis of its output follows the number of rows "
-            "alone; give an example with the batch first, or second, of a size that the model takes with one row more."
+            "alone, or two do; give an example of numbers that differ, with the batch first, or second, of a size that the "
+            "model takes with one row more."
         )
 
     def _tell(self, found: list[Branch], rowless: list[Branch]) -> None:
