@@ -127,6 +127,28 @@ def cell(m: Any, x: Tensor) -> Tensor:
     return h
 
 
+def additive_attention(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.n((torch.softmax(torch.tanh(m.c(x) + m.b(h)), 1) * h).sum(1))
+
+
+def way_up(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.end(m.up(m.low(F.relu(m.down(h)))) + m.beside(h))
+
+
+def grown(m: Any, x: Tensor) -> Tensor:
+    return m.end(m.b(m.a(m.up(x))) + m.beside(m.up(x)))
+
+
+def conv(stride: int = 1, size: int = 3) -> nn.Module:
+    return nn.Conv2d(4, 4, size, stride, size // 2)
+
+
+WAY_UP = {"a": conv(), "down": conv(2), "low": conv(), "beside": conv(size=1), "end": conv()}
+GROWN = {"a": conv(), "b": conv(), "beside": conv(size=1), "end": conv(), "up": nn.Upsample(scale_factor=2)}
+WIDE = {"w": nn.Linear(8, 1), "d": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), "n": nn.Linear(1, 1)}
+
 # model, example, hosts in order; what has no host says why
 FOUND: dict[str, tuple[nn.Module, Any, list[str]]] = {
     "resnet": (nn.Sequential(Bottleneck(4, 4, 1), Bottleneck(4, 8, 2)), IMAGES, ["0.bn2", "1.bn2"]),
@@ -148,6 +170,15 @@ FOUND: dict[str, tuple[nn.Module, Any, list[str]]] = {
     "highway": (Net(lambda m, x: (g := torch.sigmoid(m.a(x))) * m.b(x) + (1 - g) * x, **lin()), ROWS, []),
     "twins": (Net(lambda m, x: m.a(x) + m.b(x), **lin()), ROWS, []),
     "recurrent by hand": (Net(cell, **lin()), TOKENS, []),
+    "projected": (Net(lambda m, x: m.n(m.w(x) + m.d(x)), **WIDE), ROWS, ["d"]),
+    "projected, gated": (Net(lambda m, x: m.n((y := m.w(x) + m.d(x)) * torch.sigmoid(y)), **WIDE), ROWS, ["d"]),
+    "projected and grown": (Net(grown, **GROWN), IMAGES, ["b"]),
+    "wide and deep": (Net(lambda m, x: (m.w(x) + m.d(x)).squeeze(1), **WIDE), ROWS, []),
+    "wide and deep, squashed": (Net(lambda m, x: torch.sigmoid(m.w(x) + m.d(x)).squeeze(1), **WIDE), ROWS, []),
+    "additive attention": (Net(additive_attention, **lin(), n=nn.Linear(8, 1)), TOKENS, []),
+    "way up": (Net(way_up, up=nn.Upsample(scale_factor=2), **WAY_UP), IMAGES, []),
+    "way up, transposed": (Net(way_up, up=nn.ConvTranspose2d(4, 4, 2, 2), **WAY_UP), IMAGES, []),
+    "queries and keys": (Net(lambda m, x: m.c(torch.tanh(m.a(x) + m.b(x))), **lin()), ROWS, []),
     "parts": (Net(split, a=nn.Linear(4, 4)), ROWS, []),
     "biased attention": (Net(scores_with_bias, **lin()), TOKENS, []),
     "positions again": (Net(lambda m, x: m.b(m.a(x + POSITIONS) + POSITIONS), **lin()), TOKENS, []),
@@ -393,6 +424,16 @@ def test_what_where_does_not_pick_is_told() -> None:
         DropPath(0.4, where=named("x")).build(vit(), TOKENS)
     with pytest.raises(GoodfitError, match="a place has no role"):
         DropPath(0.4, where=gf.where.kernels)
+
+
+def test_a_layer_that_runs_several_times_in_a_row_has_the_rate_of_the_last() -> None:
+    def loop(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + 0.1 * m.a(x)
+        return x + m.b(x)
+
+    model = DropPath(0.4).build(Net(loop, **lin("ab")), ROWS)
+    assert [m.p for m in layers(model)] == pytest.approx([0.8 / 3, 0.4])
 
 
 def test_two_regularizers_and_a_schedule_move_their_own_layers() -> None:

@@ -738,6 +738,17 @@ def test_what_no_number_or_no_text_can_be_is_refused_in_one_line() -> None:
         Run(Dropout(linear(0.0, 0.5, epochs=3)), mlp().double(), example=X)
 
 
+def test_inserted_layers_are_the_models_until_it_is_made_anew() -> None:
+    model = Run("Dropout(0.5)", mlp().double(), example=X).model
+    Run("L2(0.1)", model, example=X)
+    assert set(rates(model).values()) == {0.5}
+    Run("Dropout(0.1)", model, example=X)
+    assert set(rates(model).values()) == {0.1}
+    fresh = mlp().double()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(X), model.eval()(X))
+
+
 def test_each_name_is_told_once() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)).double()
     Dropout(0.1).build(model, X)
