@@ -127,6 +127,28 @@ def cell(m: Any, x: Tensor) -> Tensor:
     return h
 
 
+def additive_attention(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.n((torch.softmax(torch.tanh(m.c(x) + m.b(h)), 1) * h).sum(1))
+
+
+def way_up(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.end(m.up(m.low(F.relu(m.down(h)))) + m.beside(h))
+
+
+def grown(m: Any, x: Tensor) -> Tensor:
+    return m.end(m.b(m.a(m.up(x))) + m.beside(m.up(x)))
+
+
+def conv(stride: int = 1, size: int = 3) -> nn.Module:
+    return nn.Conv2d(4, 4, size, stride, size // 2)
+
+
+WAY_UP = {"a": conv(), "down": conv(2), "low": conv(), "beside": conv(size=1), "end": conv()}
+GROWN = {"a": conv(), "b": conv(), "beside": conv(size=1), "end": conv(), "up": nn.Upsample(scale_factor=2)}
+WIDE = {"w": nn.Linear(8, 1), "d": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), "n": nn.Linear(1, 1)}
+
 # model, example, hosts in order; what has no host says why
 FOUND: dict[str, tuple[nn.Module, Any, list[str]]] = {
     "resnet": (nn.Sequential(Bottleneck(4, 4, 1), Bottleneck(4, 8, 2)), IMAGES, ["0.bn2", "1.bn2"]),
@@ -148,6 +170,15 @@ FOUND: dict[str, tuple[nn.Module, Any, list[str]]] = {
     "highway": (Net(lambda m, x: (g := torch.sigmoid(m.a(x))) * m.b(x) + (1 - g) * x, **lin()), ROWS, []),
     "twins": (Net(lambda m, x: m.a(x) + m.b(x), **lin()), ROWS, []),
     "recurrent by hand": (Net(cell, **lin()), TOKENS, []),
+    "projected": (Net(lambda m, x: m.n(m.w(x) + m.d(x)), **WIDE), ROWS, ["d"]),
+    "projected, gated": (Net(lambda m, x: m.n((y := m.w(x) + m.d(x)) * torch.sigmoid(y)), **WIDE), ROWS, ["d"]),
+    "projected and grown": (Net(grown, **GROWN), IMAGES, ["b"]),
+    "wide and deep": (Net(lambda m, x: (m.w(x) + m.d(x)).squeeze(1), **WIDE), ROWS, []),
+    "wide and deep, squashed": (Net(lambda m, x: torch.sigmoid(m.w(x) + m.d(x)).squeeze(1), **WIDE), ROWS, []),
+    "additive attention": (Net(additive_attention, **lin(), n=nn.Linear(8, 1)), TOKENS, []),
+    "way up": (Net(way_up, up=nn.Upsample(scale_factor=2), **WAY_UP), IMAGES, []),
+    "way up, transposed": (Net(way_up, up=nn.ConvTranspose2d(4, 4, 2, 2), **WAY_UP), IMAGES, []),
+    "queries and keys": (Net(lambda m, x: m.c(torch.tanh(m.a(x) + m.b(x))), **lin()), ROWS, []),
     "parts": (Net(split, a=nn.Linear(4, 4)), ROWS, []),
     "biased attention": (Net(scores_with_bias, **lin()), TOKENS, []),
     "positions again": (Net(lambda m, x: m.b(m.a(x + POSITIONS) + POSITIONS), **lin()), TOKENS, []),
@@ -310,14 +341,67 @@ def test_rows_may_be_on_the_second_axis() -> None:
     assert {tuple(row.unique().tolist()) for row in y.unbind(1)} == {(0.0,), (2.0,)}
 
 
+EXAMPLES = {"zeros": torch.zeros(7, 3, 16), "one each": torch.randn(1, 1, 16), "batch of one": torch.randn(5, 1, 16)}
+EXAMPLES |= {
+    "numbers": torch.randn(5, 3, 16),
+    "square": torch.ones(4, 4, 16),
+    "a row again": torch.randn(5, 1, 16).expand(-1, 3, -1),
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("first", [False, True])
+def test_the_rows_are_found_whatever_the_numbers_of_the_example(first: bool, example: str) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=first)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    DropPath(0.5).build(model, EXAMPLES[example].double())
+    assert [m.axis for m in layers(model)] == [0 if first else 1] * 4
+
+
+class Recurrent(nn.Module):
+    """A residual network on each step by itself, then a recurrent one; what it returns is said by `out`."""
+
+    def __init__(self, first: bool, out: Callable[..., Any]) -> None:
+        super().__init__()
+        self.body, self.rnn, self.out = Plain(), nn.LSTM(8, 8, batch_first=first), out
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.rnn(self.body(x)))
+
+
+OUTS = (lambda y: y, lambda y: y[0], lambda y: y[1][0][-1], lambda y: (y[0].flatten(0, 1), y[1]))
+
+
+@pytest.mark.parametrize("example", [torch.zeros(7, 3, 8), torch.randn(5, 3, 8), torch.randn(1, 1, 8), torch.randn(4, 4, 8)])
+@pytest.mark.parametrize("out", OUTS)
+@pytest.mark.parametrize("first", [False, True])
+def test_where_two_axes_fit_the_whole_model_says_which_has_the_rows(
+    first: bool, out: Callable[..., Any], example: Tensor
+) -> None:
+    model = DropPath(0.5).build(Recurrent(first, out), example.double())
+    assert [m.axis for m in layers(model)] == [0 if first else 1]
+
+
+def test_rows_of_tokens_are_found_where_all_are_the_same() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8), Block(True))
+    assert [m.axis for m in layers(DropPath(0.5).build(model, torch.zeros(2, 5, dtype=torch.long)))] == [0, 0]
+
+
+def test_rows_that_may_be_on_two_axes_are_refused_and_in_another_block_are_left_to_it() -> None:
+    with pytest.raises(GoodfitError, match=r"cannot tell the rows of 0\.f in Sequential: no axis .* alone, or two do"):
+        DropPath(0.5).build(nn.Sequential(Plain(), nn.Tanh()), torch.randn(5, 3, 8))
+    model = Net(lambda m, x: m.b(m.a(x)).mean(), a=Plain(), b=Block(True))  # a scalar tells nothing
+    assert [m.axis for m in layers(DropPath(0.5).build(model, torch.randn(5, 3, 8)))] == [0, 0, 0]
+
+
 def test_rows_that_do_not_show_are_left_out_or_refused() -> None:
     flat = Net(lambda m, x: (h := x.flatten(0, 1)) + m.a(h), **lin("a"))
     with pytest.raises(GoodfitError, match=r"cannot tell the rows of a in Net: no axis of its output follows"):
         DropPath(0.5).build(flat, TOKENS)
     assert not flat.a._forward_hooks
     with pytest.warns(GoodfitWarning, match=r"DropPath leaves out 1\.a, whose rows do not show\."):
-        model = DropPath(0.5).build(nn.Sequential(Plain(), flat), TOKENS)
-    assert [m.p for m in layers(model)] == [0.25]
+        model = DropPath(0.5).build(nn.Sequential(Block(True), flat).double(), TOKENS)
+    assert [m.p for m in layers(model)] == pytest.approx([0.5 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("case", ["dense", "twins", "function"])
@@ -340,6 +424,16 @@ def test_what_where_does_not_pick_is_told() -> None:
         DropPath(0.4, where=named("x")).build(vit(), TOKENS)
     with pytest.raises(GoodfitError, match="a place has no role"):
         DropPath(0.4, where=gf.where.kernels)
+
+
+def test_a_layer_that_runs_several_times_in_a_row_has_the_rate_of_the_last() -> None:
+    def loop(m: Any, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + 0.1 * m.a(x)
+        return x + m.b(x)
+
+    model = DropPath(0.4).build(Net(loop, **lin("ab")), ROWS)
+    assert [m.p for m in layers(model)] == pytest.approx([0.8 / 3, 0.4])
 
 
 def test_two_regularizers_and_a_schedule_move_their_own_layers() -> None:

@@ -667,6 +667,41 @@ def test_input_dropout_says_what_it_cannot_do() -> None:
         InputDropout().build(dropped, X)
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.MultiheadAttention(6, 2, batch_first=True).double()
+
+    def forward(self, x: Tensor, attn_mask: Tensor, bias: Any = None) -> Any:
+        mask = attn_mask if bias is None else attn_mask + bias
+        return x, attn_mask, self.a(x, x, x, attn_mask=mask)[0]
+
+
+def test_input_dropout_leaves_masks_alone() -> None:
+    causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    for mask, reason in ((causal, "which is not finite in the example"), (0 * causal.exp(), "a mask by its name")):
+        model = Masked()
+        with pytest.warns(GoodfitWarning, match=rf"^InputDropout leaves out attn_mask, {reason}"):
+            InputDropout(0.5).build(model, (SERIES, mask))
+        assert rates(model) == {"inputdropout_x": 0.5}
+        x, kept, out = model(SERIES, mask)
+        assert kept is mask
+        assert not torch.equal(x, SERIES)
+        assert bool(out.isfinite().all())
+
+
+def test_input_dropout_takes_a_finite_mask_where_its_very_name_asks_for_it() -> None:
+    mask = torch.ones(5, 5, dtype=torch.float64)
+    model = InputDropout(0.5, where=named("attn_mask")).build(Masked(), (SERIES, mask))
+    assert rates(model) == {"inputdropout_attn_mask": 0.5}
+    for where in (named("attn_mask"), named("bias")):
+        example = {"x": SERIES, "attn_mask": mask.log() - math.inf, "bias": mask * math.nan}
+        with pytest.raises(GoodfitError, match=r"drops no masks, and Masked takes \w+, which is not finite in the example"):
+            InputDropout(0.5, where=where).build(Masked(), example)
+    with pytest.raises(GoodfitError, match=r"takes attn_mask, a mask by its name \(where=named\('attn_mask'\) takes it\)"):
+        InputDropout(0.5, where=named("*mask")).build(Masked(), (SERIES, mask))
+
+
 # -- schedules --
 
 
@@ -691,6 +726,34 @@ def test_schedules_say_what_is_wrong(make: Any) -> None:
         Dropout(make(1.5, steps=2))
     with pytest.raises(GoodfitError, match="counts epochs"):
         Run(Dropout(make(0.5, epochs=2)), mlp().double(), example=X)
+
+
+def test_what_no_number_or_no_text_can_be_is_refused_in_one_line() -> None:
+    for make in (early, late, curriculum, lambda p, steps: linear(0.0, p, steps=steps)):
+        with pytest.raises(GoodfitError, match=r"goes between numbers, got .*'a'.*steps=3\)\.$"):
+            make("a", steps=3)
+    with pytest.raises(GoodfitError, match=r"Dropout\.shape must be one of brick, .*, got shape=\['brick'\]"):
+        Dropout(0.1, shape=["brick"])
+    with pytest.raises(GoodfitError, match=r"counts epochs: give steps=\.\.\., or let gf\.fit count them\.$"):
+        Run(Dropout(linear(0.0, 0.5, epochs=3)), mlp().double(), example=X)
+
+
+def test_inserted_layers_are_the_models_until_it_is_made_anew() -> None:
+    model = Run("Dropout(0.5)", mlp().double(), example=X).model
+    Run("L2(0.1)", model, example=X)
+    assert set(rates(model).values()) == {0.5}
+    Run("Dropout(0.1)", model, example=X)
+    assert set(rates(model).values()) == {0.1}
+    fresh = mlp().double()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(X), model.eval()(X))
+
+
+def test_each_name_is_told_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    Dropout(0.1).build(model, X)
+    with pytest.raises(GoodfitError, match=r"matched no place \(where=named\('x'\)\); Sequential has: 1\.$"):
+        Dropout(0.1, where=named("x")).build(model, X)
 
 
 def test_curriculum_needs_a_gamma_above_0() -> None:

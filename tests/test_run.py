@@ -517,7 +517,9 @@ def test_an_optimizer_made_before_the_model_was_built_is_refused() -> None:
 def test_without_an_example_the_first_forward_builds() -> None:
     run = gf.Run(gf.Dropout(0.5), net(), seed=4)
     optimizer = optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(gf.GoodfitError, match=r"Dropout\(0.5\) is not built: Sequential has not run yet; give Run an example="):
+    with pytest.raises(
+        gf.GoodfitError, match=r"Dropout\(0.5\) is not built: Sequential has not run yet, or was refused; give Run an example="
+    ):
         run.gradient(optimizer)
     assert not any(isinstance(m, nn.Dropout) for m in run.model.modules())
     hooked(run.attach(optimizer), optimizer)
@@ -529,6 +531,68 @@ def test_without_an_example_the_first_forward_builds() -> None:
     norm.attach(optimizer)
     with pytest.raises(gf.GoodfitError, match=r"lacks the trainable parameter 0\.batchnorm\.weight"):
         hooked(norm, optimizer)
+
+
+class Twice(nn.Module):
+    """No residual addition, and dropout of its own by a layer, a function and a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop, self.rnn = nn.Linear(3, 4), nn.Dropout(0.1), nn.GRU(4, 4, 2, batch_first=True, dropout=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.drop(F.relu(self.a(x))), 0.1, self.training)
+        return self.rnn(h[:, None])[0]
+
+
+def held(model: nn.Module) -> list[Any]:
+    """All that modules hold, and what their hooks do."""
+    names = ("p", "dropout", "rate", "seed", "name", "training")
+    return [
+        (
+            name,
+            [list(d) for d in (m._modules, m._parameters, m._forward_hooks, m._forward_pre_hooks)],
+            [str(vars(m).get(n, m._buffers.get(n))) for n in names],
+            [str(vars(h)) for h in m._forward_pre_hooks.values() if hasattr(h, "__dict__")],
+            copy.deepcopy(vars(m).get("goodfit_rates")),
+            [p.requires_grad for p in m.parameters()],
+        )
+        for name, m in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("built", ["", "Dropout(0.3)", "Dropout(0.3), InputDropout(0.2)"])
+@pytest.mark.parametrize(("make", "more"), [(net, "InputDropout(0.6), BatchNorm(), "), (lambda: Twice().double(), "")])
+def test_a_refused_cocktail_leaves_no_part_of_it_in_the_model(make: Callable, more: str, built: str) -> None:
+    model = make()
+    if built:
+        gf.Run(built, model, example=X, seed=3)
+    before, state = held(model), torch.get_rng_state()
+    for wrong in ("DropPath(0.2)", "L2(0.1, where=named('nothing'))"):
+        with pytest.raises(gf.GoodfitError, match=r"found no residual addition|matched no weights"):
+            gf.Run(f"Dropout(0.7), {more}{wrong}", model, example=X)
+        assert held(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    gf.Run("Dropout(0.7)", model, example=X)
+    assert 0.7 in [getattr(m, "p", 0.0) for m in model.modules()]
+
+
+def test_a_cocktail_refused_at_the_first_batch_is_refused_until_it_is_built() -> None:
+    model = net()
+    run = gf.Run("Dropout(0.5), DropPath(0.2)", model)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    run.attach(optimizer)
+    for _ in range(2):
+        with pytest.raises(gf.GoodfitError, match="DropPath found no residual addition"):
+            model(X)
+        assert not any(isinstance(m, nn.Dropout) for m in model.modules())
+        with pytest.raises(gf.GoodfitError, match=r"Dropout\(0\.5\) is not built: Sequential has not run yet, or was refused"):
+            optimizer.step()
+    fitting = gf.Run(gf.Dropout(0.5), net())
+    with pytest.raises(gf.GoodfitError, match="must run on the example"):
+        fitting.model(X[:, :2])
+    fitting.model(X)
+    assert [type(m).__name__ for m in fitting.model[1].children()] == ["SeededDropout"]
 
 
 def test_calls_by_hand_beside_the_hooks_are_refused() -> None:
@@ -696,6 +760,53 @@ def test_activation_checkpointing_recomputes_the_same_masks(reentrant: bool) -> 
             optimizer.step()
         found.append(torch.stack(grads))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+class Nested(nn.Module):
+    """Checkpointing within checkpointing."""
+
+    def __init__(self, body: nn.Module, reentrant: bool | None) -> None:
+        super().__init__()
+        self.inner, self.reentrant = Checkpointed(body, reentrant), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("kind", [Checkpointed, Nested])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_that_gets_no_backward_does_not_disturb_checkpointing(kind: type[nn.Module], reentrant: bool) -> None:
+    found = []
+    for mode in (None, reentrant):
+        run = gf.Run(gf.Dropout(0.5), kind(net(), mode), example=X, seed=4)
+        grads = []
+        for without in (torch.no_grad, torch.inference_mode):
+            with without():
+                run.model(X)
+            loss = F.mse_loss(run.model(X.clone().requires_grad_()), Y)
+            with without():
+                run.model(X)
+            grads.append(backward(run.model, loss))
+        found.append([torch.cat([g.flatten() for g in one]) for one in grads])
+        assert not torch.allclose(*found[-1])
+    for plain, checked in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checked, rtol=1e-12, atol=1e-12)
+
+
+def backward(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_forwards_that_checkpointing_cannot_tell_apart_are_refused(reentrant: bool) -> None:
+    model = gf.Run(gf.Dropout(0.5), Checkpointed(net(), reentrant), example=X).model
+    one, two = (model(X.clone().requires_grad_()).sum() for _ in range(2))
+    with pytest.raises(gf.GoodfitError, match=r"body\.1\.dropout ran 2 times since the last backward.*under torch\.no_grad"):
+        (one + two).backward()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own look

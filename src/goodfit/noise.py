@@ -7,6 +7,7 @@ what the uninterrupted one would have drawn, and two ranks draw apart where they
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,44 +73,67 @@ class Noisy:
     """
 
     seed: Tensor
+    _now: tuple[int, int]
+    _calls: int
+    _pending: int
+    _kept: int
 
     def bind(self, name: str, seed: int, clock: Clock, rank: int = 0) -> None:
         """Take name, seed and time from a run."""
         self.name, self.clock, self.rank = name, clock, rank
         self.seed.fill_(seed)
-        self._now, self._calls, self._pending = (-1, 0), 0, 0
+        self._begin((-1, 0))
 
     @contextmanager
     def aside(self, name: str, seed: int, clock: Clock) -> Iterator[None]:
         """Draw by other numbers for a while, then go on as if nothing had been drawn."""
-        own, before = self.seed.clone(), (self.name, self.clock, self.rank, self._now, self._calls, self._pending)
+        own, before = self.seed.clone(), (self.name, self.clock, self.rank, self._now, self._calls, self._pending, self._kept)
         self.bind(name, seed, clock, self.rank)
         try:
             yield
         finally:
             self.seed.copy_(own)
-            self.name, self.clock, self.rank, self._now, self._calls, self._pending = before
+            self.name, self.clock, self.rank, self._now, self._calls, self._pending, self._kept = before
 
     def draw(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Float32 numbers in [0, 1), new ones at each call of a step."""
         salt = Noise(0, self.name, self.clock.step, self._call(), self.rank).salt
         return _draw(self.seed, salt, list(shape), device)
 
+    def _begin(self, now: tuple[int, int]) -> None:
+        """At this time, no draw has been made, none waits for its backward, and none is kept for one."""
+        self._now, self._calls, self._pending, self._kept = now, 0, 0, -1
+
     def _call(self) -> int:
         """Which draw of this step this is: micro-batches differ, and activation checkpointing draws again what it drew."""
         now = (self.clock.step, self.clock.passes)
         if now != self._now:
-            self._now, self._calls, self._pending = now, 0, 0
-        if torch._C._current_graph_task_id() != -1 and self._calls:
+            self._begin(now)
+        if torch._C._current_graph_task_id() != -1 and self._kept >= 0:
             if self._pending > 1:
                 raise GoodfitError(
-                    f"{self.name} runs {self._pending} times in one forward pass under activation checkpointing: its draws "
-                    "cannot be told apart on recomputation; checkpoint another part, or give each use a layer of its own."
+                    f"{self.name} ran {self._pending} times since the last backward, under activation checkpointing: its draws "
+                    "cannot be told apart on recomputation; run what gets no backward under torch.no_grad(), checkpoint "
+                    "another part, or give each use a layer of its own."
                 )
             self._pending = 0
-            return self._calls - 1
-        self._calls, self._pending = self._calls + 1, self._pending + 1
+            return self._kept
+        self._calls += 1
+        if torch.is_grad_enabled() or _recomputed():
+            self._pending, self._kept = self._pending + 1, self._calls - 1
         return self._calls - 1
+
+
+def _recomputed() -> bool:
+    """Whether code that runs without gradients will run again in backward: reentrant checkpointing, of inputs that have one."""
+    frame = None if torch.compiler.is_compiling() else sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_qualname == "CheckpointFunction.forward":  # of torch, and of others after its example
+            function = frame.f_locals[frame.f_code.co_varnames[0]]
+            if any(function.needs_input_grad):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _draw(seed: int | Tensor, salt: int, shape: list[int], device: torch.device) -> Tensor:

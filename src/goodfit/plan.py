@@ -11,8 +11,9 @@ from goodfit.batchnorms.recalibrate import recalibrate, to_recalibrate
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
-from goodfit.phases import Build, Finish, State
+from goodfit.phases import Build, Finish, Regularizer, State
 from goodfit.processes import rank
+from goodfit.surgery.snapshot import Snapshot
 from goodfit.tensors import load_tensors, tensors_of
 
 __all__ = ["Plan"]
@@ -41,9 +42,12 @@ class Plan:
     def prepare(self, example: Any) -> None:
         """Build now, or with the first batch that the model sees where nobody gave an example."""
         if example is None and self.of(Build):
-            self._waiting = self.model.register_forward_pre_hook(self._first_forward, with_kwargs=True)
+            self._wait()
         else:
             self._build(example)
+
+    def _wait(self) -> None:
+        self._waiting = self.model.register_forward_pre_hook(self._first_forward, with_kwargs=True)
 
     @property
     def waiting(self) -> bool:
@@ -51,23 +55,37 @@ class Plan:
         return self._waiting is not None
 
     def build_if_waiting(self, example: Any) -> None:
-        """Take the first batch as the example."""
+        """Take the first batch as the example; where it is refused, the next one."""
         if self._waiting is not None:
             self._waiting.remove()
             self._waiting = None
-            self._build(example)
+            try:
+                self._build(example)
+            except BaseException:
+                self._wait()
+                raise
 
     def _first_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.build_if_waiting(dict(kwargs) if kwargs and not args else args)
 
     def _build(self, example: Any) -> None:
+        """All of it, or nothing: a cocktail that is refused leaves no part of it in the model."""
+        before = Snapshot(self.model)
+        try:
+            self._edit(example)
+        except BaseException:
+            before.restore()
+            raise
+
+    def _edit(self, example: Any) -> None:
         for _, one in self.of(Build):
             one.build(self.model, example)
         for name, layer in self.model.named_modules():
             if isinstance(layer, Noisy):
                 layer.bind(name, self.seed, self.clock, rank())
         weights, buffers = tensors_of(self.model)
-        for key, one in list(self.active.items()):
+        acting: dict[str, Regularizer] = {}
+        for key, one in self.active.items():
             where = None if isinstance(one, Build) else getattr(one, "where", None)
             self.chosen[key] = list(weights) if where is None else where.select(self.model)
             if where is not None and not self.chosen[key]:
@@ -75,8 +93,9 @@ class Plan:
                 raise GoodfitError(
                     f"{type(one).__name__} matched no weights (where={where}); the model has: {shown or 'none'}."
                 )
-            self.active[key] = one.on(self.model)
+            acting[key] = one.on(self.model)
             self.states[key] = one.init({n: weights[n] for n in self.chosen[key]}, buffers)
+        self.active = acting
 
     def finish(self, batches: Any) -> None:
         """Finish regularizers on the model's weights and buffers, in place; where the last that changed weights has averaged

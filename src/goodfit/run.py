@@ -222,7 +222,9 @@ class Run:
         """Refuse, at the first step, a cocktail of which a part would be dropped."""
         if self._plan.waiting:
             builder = next(r for r in self._plan.active.values() if isinstance(r, Build))
-            raise GoodfitError(f"{builder} is not built: {type(self.model).__name__} has not run yet; give Run an example=.")
+            raise GoodfitError(
+                f"{builder} is not built: {type(self.model).__name__} has not run yet, or was refused; give Run an example=."
+            )
         if not any(optimizer is known for known in self._beside.optimizers):
             self._beside.meet(optimizer)
         elif not self._beside.covered:

@@ -42,6 +42,8 @@ class _Lasting(Schedule):
     epochs: float | None = None
 
     def __post_init__(self) -> None:
+        if not all(hasattr(number, "__float__") and not isinstance(number, bool) for number in self.ends):
+            raise GoodfitError(f"{self.name} goes between numbers, got {self!r}.")
         if (self.steps is None) == (self.epochs is None):
             raise GoodfitError(f"{self.name} needs one of steps= and epochs=, got {self!r}.")
         length = self.steps if self.steps is not None else self.epochs
@@ -63,7 +65,7 @@ class _Lasting(Schedule):
 
     def at(self, step: int) -> float:
         if self.steps is None:
-            raise GoodfitError(f"{self!r} counts epochs: resolve it with in_steps(steps_per_epoch) first.")
+            raise GoodfitError(f"{self!r} counts epochs: give steps=..., or let gf.fit count them.")
         return self.value(max(step / self.steps, 0.0))
 
     def in_steps(self, steps_per_epoch: int | None) -> Schedule:

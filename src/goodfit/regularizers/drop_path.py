@@ -27,13 +27,16 @@ class DropPath(Build):
 
     Formula: y = x + f(x) · mask / (1 − p_l) with one Bernoulli(1 − p_l) per row in training; y = x + f(x) in eval. With
         linear, p_l = p · l / L for the l-th of L residual additions in the order of the forward run, as in the paper (timm
-        and torchvision count p · (l − 1) / (L − 1) by blocks, so that their first one never drops); else p_l = p.
+        and torchvision count p · (l − 1) / (L − 1) by blocks, so that their first one never drops); else p_l = p. A layer
+        that serves several additions in a row has the rate of the last: in `for _ in range(3): x = x + f(x)`, p at each.
     Phase: Build. A layer is inserted behind the module that hands over the branch f(x) of a residual addition: bn3 of a
         bottleneck, the attention and the mlp of a transformer block, dropout1 and dropout2 of nn.TransformerEncoderLayer
         (whose fast path torch leaves where there are hooks). Stochastic depth that the model has, such as
         torchvision.ops.StochasticDepth and the DropPath of timm and transformers, gets the rate and stays the only one; it
-        draws from torch's generator. where picks branches by the name of that module; l and L count all. The axis of the
-        rows is found by repeating a row of the example. Shapes of tensors stay.
+        draws from torch's generator. where picks branches by the name of that module; l and L count all. A
+        shortcut of one layer is one where the sum is not what the model says (as that of a wide and a deep part), the branch
+        serves this sum alone (unlike keys of attention) and is not the way up of a U-Net. The axis of the rows is found by
+        repeating and by moving rows of the example. Shapes of tensors stay.
     Numbers: p, the probability that the last block drops a row, in [0, 1), off at 0.
     Errors: p outside [0, 1); a model without residual additions, or where no branch comes from a module or shows its rows;
         none that where picks; with linear, a module that runs in blocks apart; lazy layers; a bare leaf, a DDP or compiled
@@ -102,7 +105,8 @@ class DropPath(Build):
             return GoodfitError(f"DropPath matched no branch (where={self.where}); {kind} has: {shown}.")
         return GoodfitError(
             f"DropPath cannot tell the rows of {chosen[0].name} in {kind}: no axis of its output follows the number of rows "
-            "alone; give an example with the batch first, or second, of a size that the model takes with one row more."
+            "alone, or two do; give an example of numbers that differ, with the batch first, or second, of a size that the "
+            "model takes with one row more."
         )
 
     def _tell(self, found: list[Branch], rowless: list[Branch]) -> None:

@@ -30,7 +30,9 @@ class Dropout(Insertion):
         several layers becomes p in either case. where picks by name, of the activation, of the layer that takes it, or of the
         dropout that is there: named("encoder.*"). shape spreads the rates over these in the order of the forward run: "brick"
         (all p), "funnel" (from p down), "long_funnel" (p, then down), "triangle" (up to p), "diamond" (up and down),
-        "hexagon" (up, p, down), "stairs" (down every second). Shapes of tensors stay.
+        "hexagon" (up, p, down), "stairs" (down every second). Shapes of tensors stay. Inserted layers are the model's from then
+        on: a later run without Dropout leaves them there and at their rates. To be rid of them, make the model anew and load
+        the old state_dict, whose keys are the same.
     Numbers: p, the largest probability of a zero, in [0, 1), off at 0: then nothing is inserted, and the model's
         own dropout layers keep their rates.
     Errors: p outside [0, 1); an unknown shape; a model without a place for it, or none that where picks; a bare leaf, a DDP

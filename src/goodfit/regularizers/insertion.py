@@ -140,7 +140,8 @@ class Insertion(Build):
 
 
 def listed(names: list[str]) -> str:
-    """Names for one line of text."""
+    """Names for one line of text, each once."""
+    names = list(dict.fromkeys(names))
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 

@@ -21,7 +21,7 @@ _SHAPES: dict[str, Callable[[int, int], float]] = {
 
 def refuse_unknown(who: str, shape: object) -> None:
     """Refuse a shape that has no formula."""
-    if shape not in _SHAPES:
+    if not isinstance(shape, str) or shape not in _SHAPES:
         known = ", ".join(_SHAPES)
         raise GoodfitError(f"{who}.shape must be one of {known}, got shape={shape!r}; {nearest(str(shape), _SHAPES)}")
 

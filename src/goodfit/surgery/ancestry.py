@@ -22,6 +22,9 @@ _ADDITIONS = {"add", "iadd", "radd"}
 _LAYERS = {"addbmm", "addmm", "baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "mm", "rmatmul"}
 _LAYERS |= {"conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"}
 _LAYERS |= {"gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell"}
+_GROWTHS = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "interpolate", "pixel_shuffle", "upsample"}
+_GROWTHS |= {"upsample_bilinear", "upsample_nearest"}
+_SIGMOIDS = {"logsigmoid", "sigmoid"}
 _SOFTMAX = {"log_softmax", "softmax", "softmin"}
 _PARTS = {"chunk", "getitem", "index_select", "narrow", "select", "split", "split_with_sizes", "tensor_split", "unbind"}
 _JOINS = {"cat", "concat", "concatenate", "stack"}
@@ -49,6 +52,9 @@ class Value:
     uses: int = 0
     added: int = 0  # uses that are additions
     logits: bool = False  # a softmax takes it
+    squashed: bool = False  # a sigmoid takes it
+    final: bool = False  # an output of the model
+    grown: bool = False  # to more places, as a map or a series
     straight: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # who returned it, and whether alone
 
     def sources(self) -> Iterator[Value]:
@@ -101,8 +107,9 @@ class Ancestry(TorchFunctionMode):
         made = [self._made(name, t, tuple(inputs)) for t in {id(t): t for t in changed}.values()]
         for value in inputs if made else ():
             value.uses += 1
-            for source in value.sources() if name in _SOFTMAX else ():
-                source.logits = True
+            for source in value.sources() if name in _SOFTMAX | _SIGMOIDS else ():
+                source.logits |= name in _SOFTMAX
+                source.squashed |= name in _SIGMOIDS
         operands = [v for v in inputs if _real(v.tensor)]
         if name in _ADDITIONS and len(operands) == 2 and len(made) == 1:
             self.additions.append((operands[0], operands[1], made[0]))
@@ -118,7 +125,7 @@ class Ancestry(TorchFunctionMode):
         elif live and weights and name in _LAYERS:
             made.layers = 1
         made.part = name in _PARTS and bool(inputs) and t.numel() < max(v.tensor.numel() for v in inputs)
-        made.joined = name in _JOINS
+        made.joined, made.grown = name in _JOINS, name in _GROWTHS
         divided = name in _QUOTIENTS and inputs and live and live[0] is inputs[0]
         if len(live) == 1 and (name in _REARRANGES or name in _PRODUCTS or divided):
             made.of = live[0]
@@ -156,6 +163,8 @@ def ancestry(model: nn.Module, example: Any) -> Ancestry:
             raise must_run(model, error) from error
     for t in tensors_in(outputs):
         run.value(t).uses += 1
+        for source in run.value(t).sources():
+            source.final = True
     return run
 
 

@@ -15,7 +15,5 @@ def records(model: nn.Module) -> dict[str, dict[str, float]]:
 
 def remember(model: nn.Module, key: str, shares: dict[str, float]) -> None:
     """Let a regularizer move these rates from now on, and no other."""
-    for names in records(model).values():
-        for name in shares:
-            names.pop(name, None)
-    records(model)[key] = shares
+    left = {k: {name: share for name, share in names.items() if name not in shares} for k, names in records(model).items()}
+    model.__dict__["goodfit_rates"] = left | {key: shares}  # a new dict, so that a snapshot keeps the old one

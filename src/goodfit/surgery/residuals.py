@@ -20,7 +20,7 @@ from goodfit.surgery.ancestry import Ancestry, Value, ancestry, bits
 __all__ = ["Residual", "residual_additions", "residuals"]
 
 
-_SHORTCUT = 2  # layers: a convolution, or a separable one; a branch has no fewer
+_SHORTCUT = 1  # layers at most; a branch has more
 
 
 @dataclass(frozen=True)
@@ -91,33 +91,47 @@ def _by_projection(run: Ancestry, a: Value, b: Value, total: Value) -> _Sum | No
     fork = run.values[common.bit_length() - 1] if common else None
     if fork is None or not fork.live:
         return None
+    if total.final or (total.squashed and total.uses == 1):
+        return None
     ways = {v: _ways(run, fork, v) for v in (a, b)}
     short, long = sorted(ways, key=lambda v: ways[v].longest)
     parts = ways[short].parts and ways[long].parts  # each works on its own part of one value
-    fewer = ways[short].longest < ways[long].longest and ways[short].longest <= ways[long].shortest
-    if fewer and ways[short].longest <= _SHORTCUT <= ways[long].longest and not parts and _source(long).straight:
+    apart = ways[short].longest <= _SHORTCUT < ways[long].shortest
+    grown = ways[long].grown and not ways[short].grown
+    if apart and not (parts or grown or _escapes(run, fork, long, total)) and _source(long).straight:
         return _Sum(fork, long, total, projected=True)
     return None
 
 
+def _escapes(run: Ancestry, fork: Value, branch: Value, total: Value) -> bool:
+    """Whether something on the way from `fork` to `branch` comes elsewhere too, as the keys and values of attention do."""
+    within = (branch.ancestors | 1 << branch.index) & ~(fork.ancestors | 1 << fork.index)
+    inside = {v for v in (run.values[i] for i in bits(within)) if v.descends(fork)}
+    later = (v for v in run.values[fork.index + 1 :] if v not in inside and v is not total)
+    return any(p in inside for v in later for p in v.parents) or any(v.final for v in inside)
+
+
 @dataclass(frozen=True)
 class _Ways:
-    """Layers on the shortest and on the longest way between two values, and whether a way goes through a part of one."""
+    """Layers on the shortest and on the longest way between two values, and whether a way goes through a part of one, or
+    through what makes more places."""
 
     shortest: int
     longest: int
     parts: bool
+    grown: bool
 
 
 def _ways(run: Ancestry, start: Value, end: Value) -> _Ways:
-    known = {start: _Ways(0, 0, False)}
+    known = {start: _Ways(0, 0, False, False)}
     within = (end.ancestors | 1 << end.index) >> start.index + 1
     for value in (run.values[start.index + 1 + i] for i in bits(within)):
         before = [known[p] for p in value.parents if p in known]
         if before:
             shortest, longest = min(w.shortest for w in before), max(w.longest for w in before)
             parts = value.part or (any(w.parts for w in before) and not value.joined)
-            known[value] = _Ways(shortest + value.layers, longest + value.layers, parts)
+            grown = value.grown or any(w.grown for w in before)
+            known[value] = _Ways(shortest + value.layers, longest + value.layers, parts, grown)
     return known[end]
 
 

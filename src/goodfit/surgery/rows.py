@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from goodfit.dataflow.flows import tensors_in
-from goodfit.surgery.proof import along, mapped
+from goodfit.surgery.proof import along, answers, mapped
 from goodfit.surgery.running import call_model, quiet
 
 __all__ = ["row_axes"]
@@ -22,23 +22,84 @@ _NEAR = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 def row_axes(model: nn.Module, example: Any, hosts: dict[str, nn.Module]) -> dict[str, int]:
     """The axis of the rows in the first output of each host; those that do not show it are left out.
 
-    The first row is repeated, once more than there are rows. Where that makes an axis of an output longer by one, and all
-    along it equal to its first entry of before, this axis holds the rows: along a series or the tokens of a text no entry
-    stays what it was. Rows are sought on the first axis of the example, then on the second.
+    The first entry along an axis of the example is repeated, once more than there are entries. Where that makes an axis of an
+    output longer by one, and all along it equal to its first entry of before, this axis may hold the rows: along a series or
+    the tokens of a text no entry stays what it was, where entries differ and act on each other. Rows are sought on the first
+    axis of the example and on the second. Where they may be on both, the outputs of the model say it, which are moved as the
+    rows are; then the other hosts.
     """
-    before = _outputs(model, example, hosts)
-    shapes = [t.shape for t in tensors_in(example)]
+    example = _telling(model, example)
+    before, fits = _outputs(model, example, hosts), defaultdict[str, dict[int, int]](dict)
     for axis in (0, 1):
-        size = next((shape[axis] for shape in shapes if len(shape) > axis), 0)
-        repeated = mapped(example, partial(along, axis=axis, size=size, index=[0] * (size + 1)))
-        after: dict[str, list[Tensor]] = {}
+        size = _size(example, axis)
+        repeated, after = _taken(example, axis, [0] * (size + 1)), {}
         with suppress(Exception):  # the model may not take so many
             after = _outputs(model, repeated, hosts)
-        told = {name: _axis(before[name], after.get(name, []), size) for name in hosts}
-        found = {name: axis for name, axis in told.items() if axis is not None}
-        if found:
-            return found
-    return {}
+        for name in hosts:
+            found = _axis(before[name], after.get(name, []), size)
+            if found is not None:
+                fits[name][axis] = found
+    moving = {axis for axis in (0, 1) if _moves(model, example, axis)}
+    sure = {axis for found in fits.values() if len(found) == 1 for axis in found}
+    rows = moving if len(moving) == 1 else sure
+    return {name: found[axis] for axis in rows for name, found in fits.items() if axis in found} if len(rows) == 1 else {}
+
+
+def _size(example: Any, axis: int) -> int:
+    return next((t.shape[axis] for t in tensors_in(example) if t.ndim > axis), 0)
+
+
+def _taken(example: Any, axis: int, index: list[int]) -> Any:
+    return mapped(example, partial(along, axis=axis, size=_size(example, axis), index=index))
+
+
+def _telling(model: nn.Module, example: Any) -> Any:
+    """The example with several entries on both axes, which differ, as far as the model takes them."""
+    for axis in (0, 1):
+        if _size(example, axis) == 1:
+            example = _accepted(model, _taken(example, axis, [0, 0, 0]), example)
+    return _accepted(model, mapped(example, partial(_differing, generator=torch.Generator().manual_seed(0))), example)
+
+
+def _accepted(model: nn.Module, other: Any, example: Any) -> Any:
+    try:
+        answers(model, other)
+    except Exception:
+        return example
+    return other
+
+
+def _differing(t: Tensor, generator: torch.Generator) -> Tensor:
+    """With noise where all is the same along an axis; of whole numbers, those that are all zero get some ones."""
+    if not any(t.ndim > axis and bool((t == t.narrow(axis, 0, 1)).all()) for axis in (0, 1) if t.numel()):
+        return t
+    if t.is_floating_point() and bool(t.isfinite().all()):
+        return t + (torch.rand(t.shape, generator=generator) * max(1.0, float(t.abs().max()))).to(t)
+    whole = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+    return torch.randint(2, t.shape, generator=generator).to(t) if whole and not bool(t.any()) else t
+
+
+def _moves(model: nn.Module, example: Any, axis: int) -> bool:
+    """Whether the outputs are moved along an axis as the example is along this one, and not changed otherwise."""
+    size = _size(example, axis)
+    if size < 2:
+        return False
+    moved = False
+    for a, b in zip(answers(model, example), answers(model, _taken(example, axis, [*range(1, size), 0])), strict=True):
+        axes = [i for i, length in enumerate(a.shape) if length == size] if a.is_floating_point() else []
+        if not axes or _alike(a, b):
+            continue
+        if not any(_alike(a.roll(-1, i), b) for i in axes):
+            return False
+        moved = True
+    return moved
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, as large as numbers are."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    near = _NEAR.get(a.dtype, 1e-3) * (float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0)
+    return bool((same | ((a - b).abs() <= near)).all())
 
 
 def _outputs(model: nn.Module, example: Any, hosts: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
@@ -66,5 +127,4 @@ def _longer(before: Tensor, after: Tensor, size: int) -> int | None:
     if len(other) != 1 or (before.shape[other[0]], after.shape[other[0]]) != (size, size + 1):
         return None
     first, rows = before.select(other[0], 0), after.movedim(other[0], 0)
-    near = _NEAR.get(before.dtype, 1e-3) * float(first.abs().max()) if first.numel() else 0.0
-    return other[0] if bool(((rows - first).abs() <= near).all()) else None
+    return other[0] if _alike(first.expand_as(rows), rows) else None
