@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from goodfit.batchnorms.batches import inputs
 from goodfit.batchnorms.compensate import affine_changes
-from goodfit.batchnorms.freeze import is_frozen, owns_statistics
+from goodfit.batchnorms.freeze import owns_statistics
+from goodfit.batchnorms.still import is_frozen
 from goodfit.batchnorms.watch import Norm, Watch, put
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.processes import world
@@ -42,12 +43,12 @@ def recalibrate(
     Shapes:   batches is a DataLoader, or a list, of x, [x], (x, y) or dicts of keywords. A model under DataParallel, DDP or
               torch.compile is recalibrated inside.
     Ranges:   exact takes as many passes over the data as norms lie behind one another, after the first only as deep as it must
-              where all batches call the same norms; one where all the data is one batch. exact=False takes one, in which each norm sees the norms before normalize by their
-              batch, as in training: what small batches add to the spread stays in. keep_function takes one. samples ends a
-              pass after about so many rows.
+              where all batches call the same norms; one where all the data is one batch. exact=False takes one, in which each
+              norm sees the norms before normalize by their batch, as in training: what small batches add to the spread stays
+              in. keep_function takes one. samples ends a pass after about so many rows.
     Errors:   GoodfitError, with the model untouched, for a model that fails on a batch, data with NaN or inf, a stream that
-              more than one pass would have to read, scripted and lazy models, norms inside torch.func.vmap. A norm that does not run in eval mode, or not
-              by torch's batch_norm, is left out, with a warning.
+              more than one pass would have to read, scripted and lazy models, norms inside torch.func.vmap. A norm that does
+              not run in eval mode, or not by torch's batch_norm, is left out, with a warning.
     Source:   Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, for population statistics.
 
     Returns how far each norm moved: the largest change of a mean or standard deviation, in standard deviations. Frozen norms
