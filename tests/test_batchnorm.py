@@ -220,6 +220,73 @@ def test_a_bias_that_another_layer_has_too_goes_on_training() -> None:
     assert BatchNorm().build(model, ROWS.double())[0].bias.requires_grad
 
 
+ENDED = {
+    "folded": lambda m: gf.fold_batchnorm(m, ROWS.double()),
+    "frozen": gf.freeze_batchnorm,
+    "group norm": lambda m: gf.convert_batchnorm(m, "group", [ROWS.double()]),
+}
+GOING_ON = {
+    "synchronized": lambda m: gf.convert_batchnorm(m, "sync"),
+    "ghost": lambda m: gf.convert_batchnorm(m, "ghost"),
+    "statistics alone frozen": lambda m: gf.freeze_batchnorm(m, affine=False),
+}
+
+
+@pytest.mark.parametrize("passed", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("how", [*ENDED, *GOING_ON])
+def test_a_bias_trains_again_when_no_norm_makes_it_redundant(how: str, passed: Any) -> None:
+    model = mlp()
+    model[2].bias.requires_grad_(False)  # by its owner
+    model = passed(BatchNorm().build(model, ROWS.double()))
+    (ENDED | GOING_ON)[how](model)
+    assert [model[0].bias.requires_grad, model[2].bias.requires_grad] == [how in ENDED, False]
+
+
+def test_a_bias_that_woke_rests_again_behind_a_thawed_norm_and_stays_with_its_weight() -> None:
+    model = BatchNorm().build(mlp(), ROWS.double())
+    gf.freeze_batchnorm(model, where=gf.where.named("0.batchnorm"))
+    assert [model[0].bias.requires_grad, model[2].bias.requires_grad] == [True, False]
+    gf.thaw_batchnorm(model)
+    assert [model[0].bias.requires_grad, model[2].bias.requires_grad] == [False, False]
+    model[0].requires_grad_(False)
+    gf.freeze_batchnorm(model)
+    assert [model[0].bias.requires_grad, model[2].bias.requires_grad] == [False, True]
+    bare = BatchNorm(affine=False).build(mlp(), ROWS.double())
+    gf.freeze_batchnorm(bare, affine=False)
+    assert bare[0].bias.requires_grad  # no β shifts in its stead
+
+
+def test_a_fold_that_fails_leaves_the_bias_at_rest() -> None:
+    model = BatchNorm().build(mlp(), ROWS.double())
+    model[0].batchnorm.register_forward_hook(lambda *_: None)
+    model[2].batchnorm.register_forward_hook(lambda *_: None)
+    with pytest.raises(GoodfitError, match="can fold no batch norm"):
+        gf.fold_batchnorm(model, ROWS.double())
+    assert [model[0].bias.requires_grad, model[2].bias.requires_grad] == [False, False]
+
+
+def test_a_norm_that_was_put_in_before_stays_and_other_numbers_are_told() -> None:
+    model = BatchNorm().build(mlp(), ROWS.double())
+    BatchNorm().build(model, ROWS.double())
+    with pytest.warns(gf.GoodfitWarning, match=r"as they are, with momentum=0\.1 and not 0\.5: set it there, or build a fresh"):
+        BatchNorm(momentum=0.5).build(model, ROWS.double())
+    with pytest.warns(gf.GoodfitWarning, match="with affine=True and not False"):
+        BatchNorm(affine=False).build(model, ROWS.double())
+    assert model[0].batchnorm.momentum == 0.1
+    gf.convert_batchnorm(model, "group", [ROWS.double()])
+    assert BatchNorm(momentum=0.5).build(model, ROWS.double()) is model
+
+
+def test_one_row_calibrates_no_variance() -> None:
+    model = mlp()
+    with pytest.raises(GoodfitError, match="one value per channel in Sequential: the example must have several rows"):
+        BatchNorm(calibrate="identity").build(model, ROWS[:1].double())
+    assert not any("batchnorm" in n for n, _ in model.named_modules())
+    images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 1)).double()
+    BatchNorm(calibrate="identity").build(images, IMAGES[:1].double())
+    assert bool(images[0].batchnorm.running_var.all())
+
+
 def test_an_example_of_keywords_calibrates_too() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

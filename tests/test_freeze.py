@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import goodfit as gf
 from goodfit import GoodfitError, Run, freeze_batchnorm, thaw_batchnorm
@@ -134,6 +136,88 @@ def test_thawing_gives_back_what_would_have_been() -> None:
         torch.manual_seed(7)
         epoch(one)
     assert same(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_shared_scale_trains_again_when_the_last_norm_that_holds_it_is_thawed(apart: bool) -> None:
+    model, first = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)), gf.where.named("0")
+    scale = model[2].weight = model[0].weight
+    freeze_batchnorm(model, where=first) if apart else freeze_batchnorm(model)
+    freeze_batchnorm(model)
+    assert not scale.requires_grad
+    thaw_batchnorm(model, where=first)
+    assert [scale.requires_grad, model[0].bias.requires_grad, model[2].bias.requires_grad] == [False, True, False]
+    thaw_batchnorm(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("verb", [freeze_batchnorm, thaw_batchnorm])
+def test_other_things_are_refused_in_one_line(verb: Callable[..., None]) -> None:
+    with pytest.raises(GoodfitError, match=r"takes where as a selector, got where='0': say where=gf\.where\.named\('0'\)"):
+        verb(net(), where="0")
+    with pytest.raises(GoodfitError, match=r"_batchnorm takes a torch\.nn\.Module, got a NoneType"):
+        verb(None)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """One process that trains with itself."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/address", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own compiled DDP
+@pytest.mark.parametrize(
+    "around", [lambda m: m, lambda m: torch.compile(m, backend="eager"), nn.Sequential], ids=["DDP", "compiled", "nested"]
+)
+def test_what_trains_within_ddp_does_not_change(around: Callable[[nn.Module], nn.Module]) -> None:
+    model = net()
+    wrapped = around(DistributedDataParallel(model))
+    with pytest.raises(GoodfitError, match="freeze before wrapping, or say affine=False"):
+        freeze_batchnorm(wrapped)
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    freeze_batchnorm(wrapped, affine=False)
+    before = {n: t for n, t in norms(model).items() if "running" in n}
+    epoch(wrapped)
+    assert same(before, {n: t for n, t in norms(model).items() if "running" in n})
+    thaw_batchnorm(wrapped)
+    freeze_batchnorm(model := net())
+    wrapped = around(DistributedDataParallel(model))
+    with pytest.raises(GoodfitError, match="thaw the model inside, and wrap it anew"):
+        thaw_batchnorm(wrapped)
+    assert not model[1].train().training
+    freeze_batchnorm(wrapped)
+    before = norms(model)
+    epoch(wrapped)
+    assert same(before, norms(model))
+
+
+@pytest.mark.usefixtures("alone")
+def test_within_ddp_a_resting_bias_stays_at_rest() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 1))
+    gf.BatchNorm(affine=False).build(model, torch.randn(8, 5))
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(GoodfitError, match="freeze before wrapping"):
+        freeze_batchnorm(wrapped, affine=False)
+    assert model[0].batchnorm.training
+    assert not model[0].bias.requires_grad
+
+
+def test_what_later_wakes_a_frozen_norm_is_as_the_docstring_says() -> None:
+    model = net()
+    freeze_batchnorm(model)
+    model.requires_grad_(True)
+    before = norms(model)
+    epoch(model)
+    after = norms(model)
+    assert all(torch.equal(t, after[n]) == ("weight" not in n and "bias" not in n) for n, t in before.items())
+    freeze_batchnorm(model)
+    assert not model[1].weight.requires_grad
+    torched = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert torched.train()[1].training
 
 
 def test_where_chooses_by_the_names_of_modules() -> None:

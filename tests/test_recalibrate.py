@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
@@ -210,7 +211,7 @@ def test_norms_that_do_not_depend_on_each_other_share_a_pass_that_ends_behind_th
     model[2].register_forward_hook(lambda *_: ran.append("end"))
     recalibrate(model, Counting(images(20).split(5)))
     assert len(passes) == 2  # b1 and the shortcut, then b2
-    assert len(ran) == 2  # of four batches, the first alone goes to the end: it shows what is there
+    assert len(ran) == 4  # the first pass alone goes to the end: it shows what is there
 
 
 def test_what_python_reads_counts_as_a_dependence() -> None:
@@ -221,6 +222,101 @@ def test_what_python_reads_counts_as_a_dependence() -> None:
     recalibrate(model, [x[:6], x[6:]])
     got = torch.cat([part * model.eval().one(part).amax() for part in (x[:6], x[6:])])
     torch.testing.assert_close(model.two.running_mean, got.mean(0))
+
+
+class Routed(nn.Module):
+    """A norm that only some batches call, before one that all call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.some, self.every = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor, flag: bool) -> Tensor:
+        h = self.a(x)
+        return self.every(self.some(h).relu() if flag else h)
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_norms_that_some_batches_do_not_call_are_exact_in_whatever_order(first: int) -> None:
+    model, x = Routed(), torch.randn(40, 4)
+    parts = [{"x": x[:10], "flag": False}, {"x": 5 + 3 * x[10:20], "flag": True}, {"x": 2 * x[20:35], "flag": True}]
+    parts.append({"x": x[:0], "flag": True})
+    assert recalibrate(model, parts[first:] + parts[:first]).keys() == {"some", "every"}
+    plain = model.a(parts[0]["x"])
+    routed = model.a(torch.cat([part["x"] for part in parts[1:]]))
+    torch.testing.assert_close(model.some.running_mean, routed.mean(0))
+    torch.testing.assert_close(model.some.running_var, routed.var(0, correction=0))
+    got = torch.cat([plain, F.batch_norm(routed, None, None, training=True).relu()])
+    torch.testing.assert_close(model.every.running_mean, got.mean(0))
+    torch.testing.assert_close(model.every.running_var, got.var(0, correction=0))
+
+
+def test_heads_of_their_own_for_each_task_are_exact() -> None:
+    heads = {"one": nn.BatchNorm1d(3), "two": nn.Sequential(nn.BatchNorm1d(3), nn.Tanh(), nn.BatchNorm1d(3))}
+    model = Calls(
+        lambda m, x, head: m.get_submodule(head)(m.body(x)), body=nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), **heads
+    )
+    x = torch.randn(30, 5)
+    recalibrate(model, [{"x": rows, "head": head} for rows, head in zip(x.split(10), ("one", "two", "one"), strict=True)])
+    body = F.batch_norm(model.body[0](x), None, None, training=True)
+    torch.testing.assert_close(model.body[1].running_mean, model.body[0](x).mean(0))
+    torch.testing.assert_close(model.one.running_var, torch.cat([body[:10], body[20:]]).var(0, correction=0))
+    torch.testing.assert_close(model.eval().two(body[10:20]), as_one_batch(model.two, body[10:20]))
+
+
+def test_batches_that_are_others_in_later_passes_are_not_cut() -> None:
+    x, model = torch.randn(20, 4), Routed()
+
+    class Turning(list[dict[str, Any]]):
+        passes = 0
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            Turning.passes += 1
+            return iter([{"x": x[:9], "flag": True}, {"x": x[9:], "flag": Turning.passes == 1}])
+
+    recalibrate(model, Turning())
+    torch.testing.assert_close(model.some.running_mean, model.a(x).mean(0))
+    got = torch.cat([model.some.eval()(model.a(x[:9])).relu(), model.a(x[9:])])
+    torch.testing.assert_close(model.every.running_mean, got.mean(0))
+
+
+READ: dict[str, Callable[[Tensor], Any]] = {
+    "numpy": lambda t: t.numpy(),
+    "array": lambda t: np.array(t),
+    "list": lambda t: t.tolist(),
+    "dlpack": lambda t: np.from_dlpack(t),
+}
+
+
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_what_numpy_reads_counts_as_a_dependence(read: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.two(x * torch.tensor(np.tanh(READ[read](m.one(x).detach()))))
+
+    model, x = Calls(forward, one=nn.BatchNorm1d(3), two=nn.BatchNorm1d(3)), 9 * torch.randn(8, 3)
+    recalibrate(model, [x[:6], x[6:]])
+    torch.testing.assert_close(model.two.running_mean, (x * model.eval().one(x).tanh()).mean(0))
+
+
+def test_norms_inside_a_transform_are_refused() -> None:
+    model = Calls(
+        lambda m, x: torch.func.vmap(m.norm)(m.first(x).unflatten(0, (2, -1))), first=nn.BatchNorm1d(3), norm=nn.BatchNorm1d(3)
+    )
+    before = state(model)
+    with pytest.raises(GoodfitError, match=r"a batch norm of 3 channels, which runs inside a transform of torch\.func"):
+        recalibrate(model, [torch.randn(8, 3)])
+    assert same(before, state(model))
+
+
+@pytest.mark.parametrize("keep_function", [True, False])
+def test_a_model_made_in_inference_mode(keep_function: bool) -> None:
+    with torch.inference_mode():
+        model = mlp()
+    x = torch.randn(20, 5)
+    recalibrate(model, list(x.split(6)), keep_function=keep_function)
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean(0))
+    assert model[1].num_batches_tracked == 4
 
 
 def test_a_norm_that_later_batches_call_more_often_sees_all_its_calls() -> None:

@@ -15,6 +15,7 @@ from goodfit.batchnorms.batches import inputs
 from goodfit.batchnorms.followers import followers_of
 from goodfit.batchnorms.freeze import owns_statistics
 from goodfit.batchnorms.groupnorm import to_groupnorm
+from goodfit.batchnorms.resting import settle_biases
 from goodfit.errors import GoodfitError, GoodfitWarning, nearest
 from goodfit.layers.followed import FollowedSyncBatchNorm
 from goodfit.layers.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
@@ -102,6 +103,7 @@ def convert_batchnorm(
             _to_sync(norm, followers)
         elif to == "ghost":
             _to_ghost(norm, followers, size)
+    settle_biases(model)
     left = _left(model)
     if left:
         shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")

@@ -11,6 +11,7 @@ from goodfit.batchnorms.chains import pairs
 from goodfit.batchnorms.folded import Folded
 from goodfit.batchnorms.folding import Folding
 from goodfit.batchnorms.record import record
+from goodfit.batchnorms.resting import settle_biases
 from goodfit.errors import GoodfitError
 from goodfit.surgery.cost import milliseconds
 from goodfit.surgery.refusals import refuse_unfit
@@ -60,6 +61,7 @@ def fold_batchnorm(model: nn.Module, example: Any) -> Folded:
     except BaseException:
         folding.restore()
         raise
+    settle_biases(model)
     done = tuple((names[pair.norm], names[pair.layer]) for pair in folding.folded)
     stays = tuple((names[module], reason) for module, reason in kept.items())
     return Folded(model, done, stays, latency, folding.error)

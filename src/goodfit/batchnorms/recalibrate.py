@@ -16,8 +16,9 @@ from torch.nn.parameter import is_lazy
 
 from goodfit.batchnorms.batches import inputs
 from goodfit.batchnorms.compensate import affine_changes
-from goodfit.batchnorms.freeze import is_frozen, owns_statistics
-from goodfit.batchnorms.watch import Norm, Watch
+from goodfit.batchnorms.freeze import owns_statistics
+from goodfit.batchnorms.still import is_frozen
+from goodfit.batchnorms.watch import Norm, Watch, put
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.processes import world
 from goodfit.surgery.running import call_model, evaluating, must_run
@@ -41,13 +42,13 @@ def recalibrate(
               it said.
     Shapes:   batches is a DataLoader, or a list, of x, [x], (x, y) or dicts of keywords. A model under DataParallel, DDP or
               torch.compile is recalibrated inside.
-    Ranges:   exact takes as many passes over the data as norms lie behind one another, each only as deep as it must; one where
-              all the data is one batch. exact=False takes one, in which each norm sees the norms before normalize by their
-              batch, as in training: what small batches add to the spread stays in. keep_function takes one. samples ends a
-              pass after about so many rows.
+    Ranges:   exact takes as many passes over the data as norms lie behind one another, after the first only as deep as it must
+              where all batches call the same norms; one where all the data is one batch. exact=False takes one, in which each
+              norm sees the norms before normalize by their batch, as in training: what small batches add to the spread stays
+              in. keep_function takes one. samples ends a pass after about so many rows.
     Errors:   GoodfitError, with the model untouched, for a model that fails on a batch, data with NaN or inf, a stream that
-              more than one pass would have to read, scripted and lazy models. A norm that does not run in eval mode, or not
-              by torch's batch_norm, is left out, with a warning.
+              more than one pass would have to read, scripted and lazy models, norms inside torch.func.vmap. A norm that does
+              not run in eval mode, or not by torch's batch_norm, is left out, with a warning.
     Source:   Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, for population statistics.
 
     Returns how far each norm moved: the largest change of a mean or standard deviation, in standard deviations. Frozen norms
@@ -83,49 +84,42 @@ class _Recalibration:
         self.watch = Watch({id(b) for m in left for b in m.buffers(recurse=False)}, set(self.names), still)
 
     def run(self, batches: Iterable[Any], samples: int | None, exact: bool) -> dict[str, float]:
-        norms = self.watch.norms
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            while self._pass(batches, samples, exact) and any(norm.known is None for norm in norms.values()):
+            self._pass(batches, samples, exact)
+            while self.watch.pending():
                 if isinstance(batches, Iterator):
                     raise GoodfitError(
                         "recalibrate must read the data once for each norm behind another, got a stream that can be read once: "
                         "give a list or a DataLoader, or say exact=False."
                     )
-            found = {key: norm for key, norm in norms.items() if norm.known is not None}
+                self._pass(batches, samples, exact)
+            found = self.watch.norms
             self._warn_of_left_out(found)
             changes = affine_changes(self.model, found, self.names) if self.watch.still else []
             moved = {self.names[key]: norm.write() for key, norm in found.items()}
             for parameter, value in changes:
-                parameter.copy_(value)
+                put(parameter, value)
             for module in self.model.modules():
                 norm, batches_tracked = found.get(id(getattr(module, "running_mean", None))), _counter(module)
                 if norm is not None and batches_tracked is not None:
-                    batches_tracked.fill_(norm.calls)
+                    put(batches_tracked, torch.full_like(batches_tracked, norm.calls))
         return moved
 
-    def _pass(self, batches: Iterable[Any], samples: int | None, exact: bool) -> bool:
-        """One pass over the data, and the statistics that it tells; False if it tells none."""
-        watch, chosen = self.watch, list[Norm]()
-        watch.enough = 0
-        for norm in watch.norms.values():
-            norm.forget()
-        turn = 0
-        for turn, x in enumerate(inputs(self.model, batches, samples, "recalibrate")):
+    def _pass(self, batches: Iterable[Any], samples: int | None, exact: bool) -> None:
+        """One pass over the data, and the statistics that it tells."""
+        count = 0
+        self.watch.begin()
+        for x in inputs(self.model, batches, samples, "recalibrate"):
             self._forward(x)
-            if exact and turn == 0:
-                chosen, watch.enough = watch.next()
-                if not chosen:
-                    return False
-        pending = [norm for norm in watch.norms.values() if norm.known is None]
-        ready = [norm for norm in chosen if norm.waits <= {norm}] or chosen[:1]
-        whole = turn == 0 and world() == 1 and all(norm.calls == 1 for norm in pending)  # a batch that is all the data
-        for norm in pending if whole or not exact else ready:
+            count += 1
+        told, pending = self.watch.end(), self.watch.pending()
+        whole = count == 1 and world() == 1 and all(norm.calls == 1 for norm in pending)  # a batch that is all the data
+        for norm in pending if whole or not exact else told:
             norm.settle(self.names[id(norm.mean)])
-        return True
 
     def _forward(self, x: Any) -> None:
         try:

@@ -20,9 +20,10 @@ from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.processes import world
 
-__all__ = ["Norm", "Watch"]
+__all__ = ["Norm", "Watch", "put"]
 
 _BUILT_IN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+_READS = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist)  # behind torch's back
 _FUNCTION = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
@@ -33,21 +34,26 @@ class _Enough(BaseException):
 class Norm:
     """One pair of running statistics, called once or several times in a forward pass.
 
-    known: the statistics that it will have. waits: the norms without known statistics that what it gets depends on.
-    affines: the (γ, β) of its calls.
+    known: the statistics that it will have. depends: the norms that what it gets was computed from. affines: the (γ, β) of its
+    calls.
     """
 
     def __init__(self, mean: Tensor, var: Tensor) -> None:
         self.mean, self.var, self.eps = mean, var, 0.0
         self.known: tuple[Tensor, Tensor] | None = None
+        self.depends = frozenset[Norm]()
         self.affines: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
         self.forget()
 
+    @property
+    def waits(self) -> frozenset[Norm]:
+        """The norms without known statistics among those that it depends on."""
+        return frozenset(norm for norm in self.depends if norm.known is None)
+
     def forget(self) -> None:
         """Before a pass over the data; what is known stays."""
-        if self.known is not None:
-            return
-        self.moments, self.waits, self.calls = Moments(self.mean), frozenset[Norm](), 0
+        if self.known is None:
+            self.moments, self.calls = Moments(self.mean), 0
 
     def settle(self, name: str) -> None:
         """Take what was seen, in all processes, as the statistics."""
@@ -67,8 +73,8 @@ class Norm:
         (mean, var), (new_mean, new_var) = [(m.double(), v.double()) for m, v in ((self.mean, self.var), self.known)]
         spread = (new_var + self.eps).sqrt()
         moved = ((new_mean - mean).abs() / spread).maximum(((var + self.eps).sqrt() / spread - 1).abs())
-        self.mean.copy_(self.known[0])
-        self.var.copy_(self.known[1])
+        put(self.mean, self.known[0])
+        put(self.var, self.known[1])
         return float(moved.max())
 
 
@@ -76,7 +82,8 @@ class Watch(TorchFunctionMode):
     """Sees the calls of batch norms of a model in eval mode, in order; nothing is written into them.
 
     left: ids of running means that stay as they are. owned: ids of the model's buffers. still: a norm without known statistics
-    normalizes by those that it has, so that the model says what it said; else by its batch, as in training.
+    normalizes by those that it has, so that the model says what it said; else by its batch, as in training. plan: the calls of
+    norms where all batches are known to make the same ones.
     """
 
     def __init__(self, left: set[int], owned: set[int], still: bool) -> None:
@@ -84,8 +91,19 @@ class Watch(TorchFunctionMode):
         self.left, self.owned, self.still = left, owned, still
         self.norms: dict[int, Norm] = {}
         self.order: list[Norm] = []  # of the calls in this batch
-        self.enough = 0  # how many calls tell all
+        self.orders: set[tuple[Norm, ...]] = set()  # of the batches in this pass
+        self.acted = False  # whether Python has read what other statistics would change, and may then call otherwise
+        self.plan, self.enough = tuple[Norm, ...](), 0  # how many calls of the plan this pass needs; 0: all there is
+        self.chosen: list[Norm] = []
         self.depends = _Depends()
+
+    def begin(self) -> None:
+        """Before a pass over the data: run batches only as deep as the next norms need, where it is known how deep."""
+        self.chosen = self._next() if self.plan else []
+        self.enough = max((i for i, norm in enumerate(self.plan, 1) if norm in self.chosen), default=0)
+        self.orders, self.acted = set(), False
+        for norm in self.norms.values():
+            norm.forget()
 
     def run(self, forward: Callable[[], Any]) -> None:
         """One batch."""
@@ -93,17 +111,28 @@ class Watch(TorchFunctionMode):
         self.depends = _Depends()
         with self.depends, self, suppress(_Enough):
             forward()
+        self.orders.add(tuple(self.order))
+        self.acted = self.acted or bool(self.depends.read)
 
-    def next(self) -> tuple[list[Norm], int]:
-        """By the batch just seen, the norms that wait for no other, and the call behind which nothing more is needed of them.
+    def end(self) -> list[Norm]:
+        """After a pass: the norms whose statistics it told. None, if batches called otherwise than the plan said."""
+        if self.enough:
+            told = self.chosen if self._next() == self.chosen else []
+            self.plan = self.plan if told else ()
+            return told
+        self.norms = {key: norm for key, norm in self.norms.items() if norm.known is not None or norm.calls}
+        orders = self.orders - {()}
+        self.plan = orders.pop() if len(orders) == 1 and not self.acted else ()
+        return self._next()
 
-        Where norms wait for each other, since they are called in turns, the first is the next. Of norms that are called
-        several times another batch may hold more calls: nothing is cut short then.
-        """
-        pending = [norm for norm in dict.fromkeys(self.order) if norm.known is None]
-        chosen = [norm for norm in pending if norm.waits <= {norm}] or pending[:1]
-        last = max((i for i, norm in enumerate(self.order, 1) if norm in chosen), default=0)
-        return chosen, last if all(norm.calls == 1 for norm in chosen) else 0
+    def _next(self) -> list[Norm]:
+        """The norms that wait for no other; where norms wait for each other, since they are called in turns, the first."""
+        pending = self.pending()
+        return [norm for norm in pending if norm.waits <= {norm}] or sorted(pending, key=lambda norm: len(norm.waits))[:1]
+
+    def pending(self) -> list[Norm]:
+        """The norms without known statistics."""
+        return [norm for norm in self.norms.values() if norm.known is None]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.batch_norm:
@@ -111,6 +140,8 @@ class Watch(TorchFunctionMode):
         if func is torch.batch_norm:
             given = dict(zip(_BUILT_IN, args, strict=False)) | (kwargs or {})
             return self._batch_norm(**{name: value for name, value in given.items() if name != "cudnn_enabled"})
+        if func in _READS:
+            self.depends.read |= self.depends.on(args[0])
         return func(*args, **kwargs or {})
 
     def _batch_norm(
@@ -133,6 +164,11 @@ class Watch(TorchFunctionMode):
                 f"recalibrate sets buffers of the model, got a batch norm of {input.shape[1]} channels "
                 "whose statistics are computed or kept elsewhere: register them as buffers and hand over these."
             )
+        if torch._C._functorch.is_functorch_wrapped_tensor(input):
+            raise GoodfitError(
+                f"recalibrate cannot see the values of a batch norm of {input.shape[1]} channels, which runs inside a "
+                "transform of torch.func (vmap, grad): take it out of there, or freeze it and recalibrate the others."
+            )
         norm = self.norms.setdefault(id(running_mean), Norm(running_mean, running_var))
         norm.eps = eps
         norm.affines[id(weight), id(bias)] = weight, bias
@@ -141,15 +177,21 @@ class Watch(TorchFunctionMode):
         output = F.batch_norm(input, mean, var, weight, bias, False, momentum, eps)
         if norm.known is None and not self.still:
             self.depends.note(output, norm)
-        if len(self.order) == self.enough:
+        if len(self.order) == self.enough and tuple(self.order) == self.plan[: self.enough]:
             raise _Enough
         return output
 
     def _seen(self, norm: Norm, input: Tensor) -> tuple[Tensor, Tensor]:
-        norm.waits |= self.depends.on(input)
+        norm.depends |= self.depends.on(input)
         norm.calls += 1
         mean, var = norm.moments.see(input)
         return (norm.mean, norm.var) if self.still else (mean.to(norm.mean.dtype), var.to(norm.var.dtype))
+
+
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Write into a tensor in place, also one that was made in inference mode."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)
 
 
 class _Depends(TorchDispatchMode):  # type: ignore[no-untyped-call]

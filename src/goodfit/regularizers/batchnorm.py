@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from goodfit.batchnorms.moments import Moments
-from goodfit.errors import GoodfitError, nearest
+from goodfit.batchnorms.resting import rest_bias
+from goodfit.errors import GoodfitError, GoodfitWarning, nearest
 from goodfit.hyper import hyper
 from goodfit.phases import Build
-from goodfit.surgery.insert import has_inserted, insert_after, refuse_wrappers
+from goodfit.surgery.insert import has_inserted, insert_after, inserted_into, refuse_wrappers
 from goodfit.surgery.norm_places import Place, norm_places
 from goodfit.surgery.running import call_model, quiet
 
@@ -35,15 +37,17 @@ class BatchNorm(Build):
         layer.
     Numbers: momentum, share of the new batch, in [0, 1]; eps, variance units, > 0; gamma >= 0 and beta, where γ and β start;
         affine, whether they are learned; track_running_stats, else eval normalizes by its batch too. calibrate="identity"
-        takes running statistics, γ and β from the example so that eval mode says what it said before. zero_residual also
-        puts a norm at the end of each residual branch, with γ = 0 there. No off value: a norm is there or not.
+        takes running statistics, γ and β from the example, of several rows, so that eval mode says what it said before.
+        zero_residual also puts a norm at the end of each residual branch, with γ = 0 there. No off value.
     Errors: numbers outside their range, and starts of γ that contradict each other; a model without a place for it; a bare
         leaf, a DDP or compiled wrapper. A linear layer on (N, L, C) has its features last and is left out, with a warning.
     Source: Ioffe and Szegedy 2015, Batch normalization, arXiv 1502.03167; zero_residual: Goyal et al. 2017, Accurate, large
         minibatch SGD, arXiv 1706.02677.
 
     The bias of a layer before a norm is redundant, since training subtracts it again: it keeps its value, so that weights load
-    both ways, and is no longer trained (requires_grad).
+    both ways, and is no longer trained (requires_grad). It trains again when `fold_batchnorm`, `freeze_batchnorm` or
+    `convert_batchnorm` to "group" ends that; make the optimizer anew. A model that has norms of BatchNorm keeps them as they
+    are, with a warning if it was asked for others.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> norm = BatchNorm(momentum=0.2).build(model, torch.zeros(2, 4))[0].batchnorm
@@ -77,6 +81,7 @@ class BatchNorm(Build):
     def build(self, model: nn.Module, example: Any) -> nn.Module:
         refuse_wrappers(model, "BatchNorm")
         if has_inserted(model, "batchnorm"):  # a model that is trained further
+            self._warn_of_others(model)
             return model
         places = norm_places(model, example, at_branch_ends=self.zero_residual)
         kind = type(model).__name__
@@ -92,8 +97,22 @@ class BatchNorm(Build):
             _calibrate(model, [place.host for place in places], layers, example)
         for place, layer in zip(places, layers, strict=True):
             insert_after(place.host, "batchnorm", layer)
-            _rest_bias(model, place.host)
+            rest_bias(model, place.host)
         return model
+
+    def _warn_of_others(self, model: nn.Module) -> None:
+        """What was inserted before is not built again, and numbers that a norm has learned by are not changed under it."""
+        norms = [m.get_submodule("batchnorm") for m in model.modules() if "batchnorm" in inserted_into(m)]
+        for name in ("momentum", "eps", "affine", "track_running_stats"):
+            asked = getattr(self, name)
+            other = next((getattr(m, name) for m in norms if isinstance(m, _BatchNorm) and getattr(m, name) != asked), asked)
+            if other != asked:
+                warnings.warn(
+                    f"BatchNorm leaves the norms that it put in before as they are, with {name}={other!r} and not {asked!r}: "
+                    "set it there, or build a fresh model.",
+                    GoodfitWarning,
+                    stacklevel=3,
+                )
 
     def _layer(self, place: Place) -> _BatchNorm:
         weight = next(place.host.parameters())
@@ -120,6 +139,11 @@ def _calibrate(model: nn.Module, hosts: list[nn.Module], layers: list[_BatchNorm
             hook = host.register_forward_hook(lambda host, args, output, moments=moments: moments.see(output) and None)
             stack.callback(hook.remove)
         call_model(model, example)
+    if any(moments.count < 2 for moments in found):
+        raise GoodfitError(
+            f"BatchNorm(calibrate='identity') takes variances from the example, got one value per channel in "
+            f"{type(model).__name__}: the example must have several rows."
+        )
     for layer, moments in zip(layers, found, strict=True):
         assert layer.running_mean is not None
         assert layer.running_var is not None
@@ -132,10 +156,3 @@ def _calibrate(model: nn.Module, hosts: list[nn.Module], layers: list[_BatchNorm
                 f"BatchNorm cannot calibrate on what {type(model).__name__} makes of the example: NaN, inf or numbers "
                 f"too large for {layer.weight.dtype}; give another example."
             )
-
-
-def _rest_bias(model: nn.Module, host: nn.Module) -> None:
-    """A bias that a norm subtracts again is not trained, unless another layer has it too."""
-    bias = host._parameters.get("bias")
-    if bias is not None and sum(bias is p for m in model.modules() for p in m.parameters(recurse=False)) == 1:
-        bias.requires_grad_(False)
