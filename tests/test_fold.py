@@ -320,7 +320,7 @@ def test_weights_that_are_computed_or_tied() -> None:
         warnings.simplefilter("ignore", FutureWarning)
         computed = [weight_norm(nn.Linear(4, 3)), spectral_norm(nn.Linear(4, 3)), parametrized_weight_norm(nn.Linear(4, 3))]
     for layer in computed:
-        with pytest.raises(GoodfitError, match="stands between addmm and the output"):
+        with pytest.raises(GoodfitError, match="1 comes after 0: its weight is computed"):
             gf.fold_batchnorm(settled(nn.Sequential(layer, nn.BatchNorm1d(3))), ROWS)
     tied = settled(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4)))
     tied[3].weight = tied[0].weight

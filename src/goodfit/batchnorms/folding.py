@@ -79,8 +79,9 @@ class Folding:
                 self.weights.setdefault(old, old.detach().clone())
                 _write(old, value)
             elif bool(value.any()) and template is not None:
-                made = value.to(template.device, template.dtype)
-                layer.register_parameter(name, nn.Parameter(made, requires_grad=template.requires_grad))
+                with torch.inference_mode(False):  # else it could not be trained
+                    made = value.to(template.device, template.dtype, copy=True)
+                    layer.register_parameter(name, nn.Parameter(made, requires_grad=template.requires_grad))
 
 
 def _write(parameter: nn.Parameter, value: Tensor) -> None:
