@@ -295,7 +295,8 @@ def test_accumulation_beside_a_batch_norm_is_told_once(none: bool) -> None:
     told = loop(model, 4, none=none)
     assert len(told) == 1
     assert "the batch norm '1' normalizes each by its own statistics" in told[0]
-    assert not model._forward_hooks and not model[1].weight._post_accumulate_grad_hooks
+    assert not model._forward_hooks
+    assert not model[1].weight._post_accumulate_grad_hooks
     assert loop(net(), 1, none=none) == []
     assert loop(net(norm=False), 4, none=none) == []
 
@@ -454,21 +455,24 @@ def test_frozen_norms_and_ghosts_may_accumulate() -> None:
 def test_the_watch_ends_after_the_first_steps() -> None:
     model = net()
     assert loop(model, 1, steps=11) == []
-    assert not model._forward_hooks and not model[1].weight._post_accumulate_grad_hooks
+    assert not model._forward_hooks
+    assert not model[1].weight._post_accumulate_grad_hooks
 
 
 def test_the_watch_ends_with_its_run_and_copies_are_not_watched() -> None:
     model = net()
     run = gf.Run(WeightDecay(0.01), model)
     run.attach(SGD(model.parameters(), 1e-3))
-    assert model._forward_hooks and model[1].weight._post_accumulate_grad_hooks
+    assert model._forward_hooks
+    assert model[1].weight._post_accumulate_grad_hooks
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not other[1].weight._post_accumulate_grad_hooks
         for x in ROWS[:16].chunk(2):
             other(x).square().mean().backward()  # a warning is an error here
     del run
     gc.collect()
-    assert not model._forward_hooks and not model[1].weight._post_accumulate_grad_hooks
+    assert not model._forward_hooks
+    assert not model[1].weight._post_accumulate_grad_hooks
 
 
 def test_a_watched_model_compiles_whole() -> None:

@@ -53,10 +53,10 @@ class _Watch:
 
     def __init__(self, plan: Plan, name: str, norm: _BatchNorm, learned: list[nn.Parameter]) -> None:
         self.name, self.batches, self.sum = name, _Batches(norm), 0
-        self.first: nn.Parameter | None = None
+        self.first: Tensor | None = None
         self.grad: Any = lambda: None
         self.version, self.step, self.steps = 0, -1, 0
-        self.handles: list[Any] = [p.register_post_accumulate_grad_hook(self) for p in learned]
+        self.handles: list[Any] = [p.register_post_accumulate_grad_hook(self) for p in learned]  # type: ignore[no-untyped-call]
         self.handles.append(plan.model.register_forward_hook(self.batches))
         self.plan = weakref.ref(plan, lambda _: self.end())
 
@@ -83,9 +83,9 @@ class _Watch:
     def _tell(self) -> None:
         warnings.warn(
             f"The gradients of several batches go into one step, and the batch norm {self.name!r} normalizes each by its own "
-            "statistics: it works as for the small batches, not as for their sum. Hold it still by gf.freeze_batchnorm(model), "
-            "do without it by gf.convert_batchnorm(model, 'group', batches), or, where the small batches are large enough, give "
-            "it momentum 1 − (1 − momentum)^(1/k) for k batches in a step.",
+            "statistics: it works as for the small batches, not as for their sum. Hold it still by "
+            "gf.freeze_batchnorm(model), do without it by gf.convert_batchnorm(model, 'group', batches), or, where the small "
+            "batches are large enough, give it momentum 1 − (1 − momentum)^(1/k) for k batches in a step.",
             GoodfitWarning,
             stacklevel=2,
         )
