@@ -73,7 +73,8 @@ def convert_batchnorm(
               leaves a group 8 values of a row; the fewer, the nearer the start. size, >= 2, rows.
     Errors:   GoodfitError, with the model untouched, for a model without batch norms; wrapped, compiled, scripted or lazy ones;
               a subclass that does something else; SyncBatchNorm to "ghost"; for "group" rows that depend on one another in
-              eval mode, data with nan or inf, a norm with one value per row, and outputs that hold no tensors. A module that keeps running statistics by itself is left, with a warning.
+              eval mode, data with nan or inf, a norm with one value per row, and outputs that hold no tensors. A module that
+              keeps running statistics by itself is left, with a warning.
     Source:   Wu and He 2018, Group normalization, arXiv 1803.08494; Hoffer, Hubara and Soudry 2017, Train longer, generalize
               better, arXiv 1705.08741, for ghost batch norm.
 

@@ -71,8 +71,8 @@ def variance_shift(model: nn.Module, batches: Iterable[Any], *, samples: int = 1
               running statistics in both modes, so that it is dropout alone that is measured. A model under DDP or
               torch.compile is measured inside.
     Ranges:   about `samples` rows are used. seed is that of the masks. 1 is no shift.
-    Errors:   GoodfitError for data with nan or inf, or without 2 different rows; for scripted and lazy models, one that does not
-              run on a batch, or that cannot be copied. The model stays untouched, and so does torch's generator: a copy is
+    Errors:   GoodfitError for data with nan or inf, or without 2 different rows; for scripted and lazy models, one that does
+              not run on a batch, or that cannot be copied. The model stays untouched, and so does torch's generator: a copy is
               measured.
     Source:   Li, Chen, Hu and Yang 2019, Understanding the disharmony between dropout and batch normalization by variance
               shift, arXiv 1801.05134.
