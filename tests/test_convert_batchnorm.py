@@ -479,7 +479,7 @@ def test_compiled_and_scripted_models_are_refused_and_compiled_afterwards_right(
         convert_batchnorm(torch.compile(Residual(), backend="eager"), "ghost")
     with pytest.warns(DeprecationWarning, match="jit"):
         scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
-    for model, message in ((scripted, "got a RecursiveScriptModule"), (nn.Sequential(scripted), "the scripted 0")):
+    for model, message in ((scripted, "got a RecursiveScriptModule"), (nn.Sequential(scripted), "the scripted '0'")):
         with pytest.raises(GoodfitError, match=message):
             convert_batchnorm(model, "ghost")
     model = settled(Residual())

@@ -197,7 +197,6 @@ def test_an_exception_puts_the_weight_back() -> None:
         model(X)
     assert model[1].weight is weight
     assert isinstance(model[1]._parameters["weight"], nn.Parameter)
-    assert layers(model)[1]._held == ()
     model[1].fails = False
     assert not torch.equal(model(X), model(X))
 
@@ -297,7 +296,13 @@ def test_building_twice_masks_once() -> None:
         layer.bind(layer.name, 7, Clock())
     kept = {*(model[0].weight * 2).flatten().tolist(), 0.0}
     seen: list[Tensor] = []
-    model[0].register_forward_pre_hook(lambda m, args: seen.append(m.weight))
+
+    class Seen(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.weight)
+            return super().forward(x)
+
+    model[0].__class__ = Seen
     model(X)
     assert set(seen[0].flatten().tolist()) <= kept
 

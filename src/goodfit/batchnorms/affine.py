@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from goodfit.surgery.insert import user_hooks
+from goodfit.surgery.insert import inserted_into, user_hooks
 
 __all__ = ["Affine", "affine", "batch_norms"]
 
@@ -48,7 +48,7 @@ def affine(norm: Any, x: Tensor) -> Affine | str:
     own = {**norm._parameters, **norm._buffers}
     if own.get("weight") is not weight or own.get("bias") is not bias:
         return "has a weight that is computed"
-    if user_hooks(norm) or norm._forward_hooks or norm._forward_pre_hooks:
+    if user_hooks(norm) or inserted_into(norm):
         return "has hooks"
     scale = (_double(var) + getattr(norm, "eps", 1e-5)).rsqrt()
     scale = scale if weight is None else scale * _double(weight)

@@ -117,9 +117,8 @@ def _chosen(model: nn.Module, to: str) -> tuple[dict[_BatchNorm, str], Norms]:
         raise GoodfitError(f"convert_batchnorm takes a torch.nn.Module and a target, got a {type(model).__name__}.")
     if any(True for _ in model.children()):
         refuse_wrappers(model, "convert_batchnorm")
-    for name, module in model.named_modules():
-        if isinstance(module, ScriptModule):
-            raise GoodfitError(f"convert_batchnorm cannot reach into the scripted {name or 'model'}: convert before scripting.")
+    elif isinstance(model, ScriptModule):
+        raise GoodfitError("convert_batchnorm cannot reach into a scripted batch norm: convert before scripting.")
     names = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     if not names:
         raise GoodfitError(f"convert_batchnorm found no batch norm in {type(model).__name__}; nothing to convert.")

@@ -26,7 +26,7 @@ class AttentionDropout(Build):
     Formula: y = (softmax(q kᵀ / √d) · mask / (1 − p)) v with mask ~ Bernoulli(1 − p) in training; without mask in eval.
     Phase: Build. The number of nn.MultiheadAttention becomes p, and so does the rate of dropout layers that stand straight
         behind a softmax (BERT, timm). Where the code of a module calls F.scaled_dot_product_attention, or F.dropout on a
-        softmax, hooks around that code hand the rate over, whatever number the code has (attention_dropout, attn_pdrop): p in
+        softmax, it gets the rate while it runs, whatever number it has itself (attention_dropout, attn_pdrop): p in
         training, 0 in eval. So this also mends code that drops in eval because it gives dropout_p without asking for
         self.training (pytorch#124464). where picks modules by name. Shapes of tensors stay.
     Numbers: p, the probability of a zero, in [0, 1), off at 0.

@@ -30,8 +30,8 @@ class DropConnect(Build):
     Numbers: p, the probability of a zero, in [0, 1), off at 0.
     Errors: p outside [0, 1); no weight that where picks; a weight that is parametrized, or that several modules read (tied, or
         used from outside); lazy layers; a bare leaf, a DDP or compiled wrapper; at training, a module that runs several times
-        under activation checkpointing outside a pass of the whole model. Checkpoint modules as a whole: code that a module
-        checkpoints within itself runs again in backward with whole weights, which is not seen.
+        under activation checkpointing outside a pass of the whole model, and one that reads the weight in code that it
+        checkpoints within itself, which runs again in backward with whole weights: checkpoint modules as a whole.
     Source: Wan et al. 2013, Regularization of neural networks using DropConnect; Merity et al. 2017, Regularizing and
         optimizing LSTM language models, arXiv 1708.02182. Masks come from (seed, layer, step) and not from torch's generator.
 

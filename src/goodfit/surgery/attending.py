@@ -1,18 +1,16 @@
-"""Where a model attends, and hooks that set the dropout of attention that is a function.
+"""Where a model attends, and what sets the dropout of attention that is a function.
 
 `F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)` drops in eval too, unless its caller says otherwise (pytorch#124464):
-a module whose code calls it gets hooks, between which a function mode hands the rate over, 0 in eval. The same holds for
+while the code of the module runs that calls it, a function mode hands the rate over, 0 in eval. The same holds for
 `F.dropout` on the output of a softmax.
 """
 
 from __future__ import annotations
 
-import threading
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -23,6 +21,8 @@ from goodfit.layers.attention import AttentionRate
 from goodfit.surgery.ancestry import function_name
 from goodfit.surgery.droppers import settled
 from goodfit.surgery.running import call_model, must_run, quiet
+from goodfit.surgery.trace import rate_of, trains
+from goodfit.surgery.within import Around, Deciding, Mode, arounds, callers_in, put_around
 
 __all__ = ["Attending", "attending", "hang_rate"]
 
@@ -133,64 +133,46 @@ def hang_rate(model: nn.Module, path: str) -> str:
     child = "inserted_attention_dropout" if hasattr(host, "attention_dropout") else "attention_dropout"
     name = f"{path}.{child}".lstrip(".")
     host.add_module(child, AttentionRate(name).train(host.training))
-    host.register_forward_pre_hook(_Enter(child))
-    host.register_forward_hook(_Leave(child), always_call=True)
+    _attends(host).name = child
+    for inside in callers_in(host):
+        _attends(inside)  # it keeps its own rate within its owner's code
     return name
 
 
-class _Running(threading.local):
-    """The modes that hooks of one thread have entered, the innermost last."""
-
-    def __init__(self) -> None:
-        self.modes: list[_Rate] = []
+_deciding = Deciding()
 
 
-_running = _Running()
+class _Attends(Around):
+    """The rate by which a module's code attends; without one, that of the code is kept."""
+
+    name = ""
+
+    def enter(self, module: nn.Module) -> AbstractContextManager[Any]:
+        return _deciding.by(_Rate(module.get_submodule(self.name)) if self.name else None)
 
 
-class _Enter:
-    """A hook that knows its rate by name only: a copied or unpickled host then reads its own copy."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, host: nn.Module, args: Any) -> None:
-        mode = _Rate(host.get_submodule(self.name))
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        _running.modes.append(mode)
+def _attends(module: nn.Module) -> _Attends:
+    if not arounds(module, _Attends):
+        put_around(module, _Attends())
+    return arounds(module, _Attends)[0]
 
 
-class _Leave:
-    """The hook at the end of the host's code, also where it fails."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, host: nn.Module, args: Any, output: Any) -> None:
-        # else the host failed before it was entered
-        if _running.modes and _running.modes[-1].layer is host.get_submodule(self.name):
-            _running.modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-
-class _Rate(TorchFunctionMode):
-    """Hands a rate to the functions that drop attention. Only the innermost host decides."""
+class _Rate(Mode):
+    """Hands a rate to the functions that drop attention."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer: AttentionRate = layer
         self.softmaxes = _Softmaxes()
-        self.region = _region()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), function_name(func)
         given = args or tuple(kwargs.values())
-        if _running.modes and _running.modes[-1] is not self:
-            return func(*args, **kwargs)
-        if name == "scaled_dot_product_attention":
-            self._refuse_part()
+        if _deciding.has(self) and name == "scaled_dot_product_attention":
+            self._hand(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
             args, kwargs = _with(args, kwargs, 4, "dropout_p", self.layer.now)
-        elif name == "dropout" and self.softmaxes.has(given):
-            self._refuse_part()
+        elif _deciding.has(self) and name == "dropout" and self.softmaxes.has(given):
+            self._hand(rate_of(args, kwargs) if trains(args, kwargs) else 0.0)
             args, kwargs = _with(args, kwargs, 1, "p", self.layer.p)
             args, kwargs = _with(args, kwargs, 2, "train" if "train" in kwargs else "training", self.layer.training)
             with settled():
@@ -199,21 +181,9 @@ class _Rate(TorchFunctionMode):
         self.softmaxes.note(name, given, output)
         return output
 
-    def _refuse_part(self) -> None:
-        """Code of the host that is run again in backward, without the host, would run with its own rate."""
-        now = _region()
-        if self.layer.training and now is not None and self.region not in (None, now):
-            raise GoodfitError(
-                f"{self.layer.name} cannot set the rate of attention that its module checkpoints within its own code: "
-                "checkpoint the module as a whole."
-            )
-
-
-def _region() -> Any:
-    """What tells code under activation checkpointing from the code around it."""
-    if torch.compiler.is_compiling():
-        return None
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+    def _hand(self, own: float) -> None:
+        if own != self.layer.now:
+            self.refuse_part(self.layer.name)
 
 
 def _with(args: Any, kwargs: dict[str, Any], place: int, name: str, value: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,12 +1,13 @@
-"""Mask weights of an existing model for the time of a forward pass: which module reads them, and the hooks around it."""
+"""Mask weights of an existing model for the time of a forward pass: which module reads them, and what is done around it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
@@ -14,6 +15,7 @@ from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.layers.connect import SeededDropConnect
 from goodfit.surgery.running import call_model, must_run, quiet
+from goodfit.surgery.within import Around, Mode, arounds, put_around
 from goodfit.where import owners
 
 __all__ = ["mask_weight", "reader"]
@@ -51,56 +53,49 @@ def mask_weight(model: nn.Module, path: str, weight: str) -> str:
         layer = SeededDropConnect(f"{path}.{child}".lstrip("."), weight=weight)
         host.add_module(child, layer)
         layer.train(host.training)
-        host.register_forward_pre_hook(_Put(child))
-        host.register_forward_hook(_Take(child), always_call=True)
-    if not any(isinstance(h, _Begin) for h in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_Begin(), prepend=True)
-        model.register_forward_hook(_End(), always_call=True)
+        put_around(host, _Masked(child))
+    if not arounds(model, _Pass):
+        put_around(model, _Pass(), first=True)
     return f"{path}.{child}".lstrip(".")
 
 
-class _Put:
-    """A hook that knows its layer by name only: a copied or unpickled host then runs its own copy."""
+class _Masked(Around):
+    """A weight is masked while its module runs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, host: nn.Module, args: Any) -> None:
-        _layer(host, self.name).put(host)
+    @contextmanager
+    def enter(self, module: nn.Module) -> Iterator[None]:
+        layer = module.get_submodule(self.name)
+        assert isinstance(layer, SeededDropConnect)
+        with layer.around(module) as masked, nullcontext() if masked is None else _Reads(masked, layer.name):
+            yield
 
 
-class _Take:
-    """The same, behind."""
+class _Reads(Mode):
+    """Refuses that the masked weight is read where it will not be masked in backward."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, masked: Tensor, name: str) -> None:
+        super().__init__()
+        self.masked, self.name = masked, name
 
-    def __call__(self, host: nn.Module, args: Any, output: Any) -> None:
-        _layer(host, self.name).take(host)
-
-
-class _Begin:
-    """The hook before the whole model."""
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, SeededDropConnect):
-                module.begin()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(t is self.masked for t in tensors_in([args, kwargs])):
+            self.refuse_part(self.name)
+        return func(*args, **(kwargs or {}))
 
 
-class _End:
-    """The hook behind it."""
+class _Pass(Around):
+    """A forward pass of the whole model, in which all uses of a weight share a mask."""
 
-    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        for module in model.modules():
-            if isinstance(module, SeededDropConnect):
-                module.end()
-
-
-def _layer(host: nn.Module, name: str) -> SeededDropConnect:
-    layer = host.get_submodule(name)
-    assert isinstance(layer, SeededDropConnect)
-    return layer
+    @contextmanager
+    def enter(self, module: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer in module.modules():
+                if isinstance(layer, SeededDropConnect):
+                    stack.enter_context(layer.passing())
+            yield
 
 
 class _Watch(TorchFunctionMode):

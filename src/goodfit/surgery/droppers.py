@@ -1,7 +1,7 @@
 """The dropout that a model has already: its layers, the numbers of its recurrent layers, and the functions that its code calls.
 
 Each has a name: "encoder.drop" for a layer, "encoder.dropout()" for `F.dropout` called in the code of `encoder`. A function's
-rate is set by hooks around the module whose code calls it: while that code runs, a function mode hands the rate over.
+rate is set around the module whose code calls it: while that code runs, a function mode hands the rate over.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from goodfit.surgery.running import call_model, must_run, quiet
-from goodfit.surgery.trace import DROPPERS, rate_of
+from goodfit.surgery.trace import DROPPERS, rate_of, trains
+from goodfit.surgery.within import Around, Deciding, Mode, arounds, callers_in, put_around
 
 __all__ = ["droppers", "set_rate", "settled"]
 
@@ -42,12 +43,9 @@ def set_rate(model: nn.Module, name: str, p: float) -> None:
         return
     path, _, function = name.rpartition(".")
     owner = model.get_submodule(path)
-    hooks = [h for h in owner._forward_pre_hooks.values() if isinstance(h, _Enter)]
-    rates = hooks[0].rates if hooks else _hook(owner, {})
-    rates[function.removesuffix("()")] = p
-    for child in owner.modules():
-        if isinstance(child, _DropoutNd) and not any(isinstance(h, _Enter) for h in child._forward_pre_hooks.values()):
-            _hook(child, {})  # it keeps its own rate within its owner's code
+    _rated(owner).rates[function.removesuffix("()")] = p
+    for inside in callers_in(owner, _DropoutNd):
+        _rated(inside)  # it keeps its own rates within its owner's code
 
 
 def _drops(module: nn.Module) -> bool:
@@ -99,74 +97,59 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _hook(module: nn.Module, rates: dict[str, float]) -> dict[str, float]:
-    module.register_forward_pre_hook(_Enter(rates))
-    module.register_forward_hook(_Leave(rates), always_call=True)
-    return rates
+_deciding = Deciding()
 
 
-class _Running(threading.local):
-    """What hooks have entered in one thread: the rates, and what leaves their function mode."""
+class _Settled(threading.local):
+    """Whether another mode of this thread has decided on the rate of a function."""
+
+    yes = False
+
+
+_settled = _Settled()
+
+
+class _Rated(Around):
+    """The rates of functions that a module's code calls; without any, those of the code are kept."""
 
     def __init__(self) -> None:
-        self.entered: list[tuple[dict[str, float], ExitStack]] = []
-        self.settled = False
+        self.rates: dict[str, float] = {}
+
+    def enter(self, module: nn.Module) -> AbstractContextManager[Any]:
+        return _deciding.by(_Rates(self.rates, type(module).__name__) if self.rates else None)
 
 
-_running = _Running()
+def _rated(module: nn.Module) -> _Rated:
+    if not arounds(module, _Rated):
+        put_around(module, _Rated())
+    return arounds(module, _Rated)[0]
 
 
-class _Enter:
-    """The hook at the start of a module's code. A copied or pickled module has its own copy."""
+class _Rates(Mode):
+    """Hands the rates to dropout functions. A rate of 0 is the code's own way to be off."""
 
-    def __init__(self, rates: dict[str, float]) -> None:
-        self.rates = rates
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        stack = ExitStack()
-        stack.enter_context(_Rates(self.rates))
-        _running.entered.append((self.rates, stack))
-
-
-class _Leave:
-    """The hook at its end, also where it fails."""
-
-    def __init__(self, rates: dict[str, float]) -> None:
-        self.rates = rates
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _running.entered and _running.entered[-1][0] is self.rates:  # else the module failed before it was entered
-            _running.entered.pop()[1].close()
-
-
-class _Rates(TorchFunctionMode):
-    """Hands the rates to dropout functions. The innermost module decides; a rate of 0 is the code's own way to be off."""
-
-    def __init__(self, rates: dict[str, float]) -> None:
+    def __init__(self, rates: dict[str, float], kind: str) -> None:
         super().__init__()
-        self.rates = rates
+        self.rates, self.kind = rates, kind
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, function = dict(kwargs or {}), getattr(func, "__name__", "?").strip("_")
-        if function not in DROPPERS or _running.settled:
-            return func(*args, **kwargs)
-        if function in self.rates and rate_of(args, kwargs) > 0:
+        mine = function in self.rates and _deciding.has(self) and not _settled.yes
+        if mine and rate_of(args, kwargs) > 0:
+            if trains(args, kwargs) and rate_of(args, kwargs) != self.rates[function]:
+                self.refuse_part(f"Dropout by {function} in {self.kind}")
             if len(args) > 1:
                 args = (args[0], self.rates[function], *args[2:])
             else:
                 kwargs["p"] = self.rates[function]
-        _running.settled = True
-        try:
-            return func(*args, **kwargs)
-        finally:
-            _running.settled = False
+        return func(*args, **kwargs)
 
 
 @contextmanager
 def settled() -> Iterator[None]:
     """While another mode has decided on the rate of a function."""
-    before, _running.settled = _running.settled, True
+    before, _settled.yes = _settled.yes, True
     try:
         yield
     finally:
-        _running.settled = before
+        _settled.yes = before

@@ -13,6 +13,7 @@ from torch.jit import ScriptModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from goodfit.errors import GoodfitError
+from goodfit.surgery.within import Guard
 
 __all__ = [
     "hang",
@@ -37,6 +38,9 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
         raise GoodfitError(
             f"{who} edits the model in place, got a {shown}: give the model first, wrap or compile it afterwards."
         )
+    for name, module in model.named_modules():
+        if isinstance(module, ScriptModule):
+            raise GoodfitError(f"{who} edits plain layers, got the scripted {name!r}: {who} first, script afterwards.")
     if not any(True for _ in model.children()):
         raise GoodfitError(f"{who} edits the layers inside a model, got a single {kind}; wrap it in nn.Sequential.")
 
@@ -77,10 +81,10 @@ def take_out(host: nn.Module, name: str) -> bool:
 
 
 def user_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks that are not those of inserted layers."""
+    """Whether a module has hooks that are not ours."""
     hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-    return any(not isinstance(hook, _After | _Before) for hook in hooks)
+    return any(not isinstance(hook, _After | _Before | Guard) for hook in hooks)
 
 
 def hang(host: nn.Module, name: str, layer: nn.Module) -> None:

@@ -19,7 +19,7 @@ def refuse_unfit(model: nn.Module, who: str) -> None:
     refuse_wrappers(model, who)
     for name, module in model.named_modules():
         kind = type(module)
-        if isinstance(module, torch.jit.ScriptModule) or "quantized" in kind.__module__ or hasattr(module, "_orig_mod"):
+        if "quantized" in kind.__module__ or hasattr(module, "_orig_mod"):
             raise GoodfitError(f"{who} edits plain layers, got the {kind.__name__} {name!r}: {who} first, convert afterwards.")
         if "eval" in vars(module):  # torch.export puts one there that raises
             raise GoodfitError(

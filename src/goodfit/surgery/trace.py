@@ -20,7 +20,7 @@ from goodfit.noise import Noisy
 from goodfit.surgery.running import call_model, must_run, quiet
 from goodfit.where import KERNELS, NORMS
 
-__all__ = ["DROPPERS", "Call", "flow", "rate_of"]
+__all__ = ["DROPPERS", "Call", "flow", "rate_of", "trains"]
 
 # names of torch functions, whichever module defines them, without the underscores of in-place and private ones
 _ACTIVATIONS = {"celu", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"}
@@ -61,6 +61,11 @@ class Call:
 def rate_of(args: Any, kwargs: Any) -> float:
     """The rate that a dropout function is called with."""
     return args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+
+
+def trains(args: Any, kwargs: Any) -> bool:
+    """Whether it is called to drop."""
+    return bool(args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True)))
 
 
 def flow(model: nn.Module, example: Any) -> list[Call]:
