@@ -410,6 +410,12 @@ def dice() -> nn.Module:
 X = [IMAGES]
 
 
+def with_nan() -> Tensor:
+    x = IMAGES.clone()
+    x[1, 0, 2, 2] = float("nan")
+    return x
+
+
 REFUSED: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "no norm": (lambda: nn.Sequential(nn.Linear(2, 2)), "sync", None, {}, "found no batch norm in Sequential"),
     "no model": (lambda: "net", "sync", None, {}, "takes a torch.nn.Module and a target, got a str"),
@@ -421,6 +427,7 @@ REFUSED: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "empty": (Residual, "group", [], {}, "needs batches with rows, got none"),
     "triple": (Residual, "group", [(IMAGES, IMAGES, IMAGES)], {}, "got a tuple of 3"),
     "shapes": (Residual, "group", [IMAGES, IMAGES[..., :4]], {}, "Rows can be joined where they are of one shape"),
+    "nan": (Residual, "group", [with_nan()], {}, "needs finite numbers, but the batch norm 'first' gets nan or inf"),
     "groups": (Residual, "group", X, {"groups": 0}, "groups must be an integer >= 1, got groups=0"),
     "size": (Residual, "ghost", None, {"size": 1}, "size must be an integer >= 2, got size=1"),
     "samples": (Residual, "group", X, {"samples": 0.5}, "a number of rows >= 1, got samples=0.5"),
@@ -441,6 +448,14 @@ REFUSED: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     ),
     "wrapped": (lambda: DataParallel(Residual()), "ghost", None, {}, "got a DataParallel"),
 }
+
+
+def test_converting_in_inference_mode_leaves_a_model_that_trains() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, affine=False))
+    with torch.inference_mode():
+        convert_batchnorm(model, "group", [torch.randn(20, 3)])
+    model(torch.randn(20, 3)).sum().backward()
+    assert not any(p.is_inference() for p in model.parameters())
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -199,6 +199,20 @@ def overwritten(m: Any, x: Tensor) -> Tensor:
     return m.conv(y)
 
 
+class Holder:
+    """An object that is no module, no container and no data class."""
+
+
+def held(place: str) -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y, holder = m.conv(x), Holder()
+        holder.found, holder.itself = y, holder
+        m.cache = {"list": [("y", y)], "dict": {"a": {"y": y}}, "object": holder}[place]
+        return m.bn(y)
+
+    return forward
+
+
 CONV = {"conv": nn.Conv2d(4, 4, 1), "bn": nn.BatchNorm2d(4)}
 KEPT = {
     "residual": (residual, "also read by add"),
@@ -207,6 +221,9 @@ KEPT = {
     "in place behind": (in_place, "also read by add, mul"),
     "in place between": (in_between, "also read by add"),
     "kept": (keeps, "is kept by the model"),
+    "kept in a list of tuples": (held("list"), "is kept by the model"),
+    "kept in a dict of dicts": (held("dict"), "is kept by the model"),
+    "kept in an object": (held("object"), "is kept by the model"),
     "python reads": (branches, "also read by mean"),
     "listed": (lambda m, x: (m.bn(y := m.conv(x)) * len(y.tolist())), "is read by Python"),
     "conv twice": (lambda m, x: m.bn(m.conv(m.conv(x))), "is read 2 times"),
@@ -320,12 +337,75 @@ def test_weights_that_are_computed_or_tied() -> None:
         warnings.simplefilter("ignore", FutureWarning)
         computed = [weight_norm(nn.Linear(4, 3)), spectral_norm(nn.Linear(4, 3)), parametrized_weight_norm(nn.Linear(4, 3))]
     for layer in computed:
-        with pytest.raises(GoodfitError, match="stands between addmm and the output"):
+        with pytest.raises(GoodfitError, match="1 comes after 0: its weight is computed"):
             gf.fold_batchnorm(settled(nn.Sequential(layer, nn.BatchNorm1d(3))), ROWS)
     tied = settled(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4)))
     tied[3].weight = tied[0].weight
     with pytest.raises(GoodfitError, match="comes after 0: its weight is tied"):
         gf.fold_batchnorm(tied, ROWS)
+
+
+def holding(**found: Tensor) -> Holder:
+    holder = Holder()
+    vars(holder).update(found)
+    return holder
+
+
+class Slots:
+    __slots__ = ("y",)
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+OPAQUE = {
+    "an iterator": (lambda m, x: iter([m.bn(m.conv(x))]), "got list_iterator"),
+    "a generator": (lambda m, x: (y for y in [m.bn(m.conv(x))]), "got generator"),
+    "a part": (lambda m, x: (m.bn(m.conv(x)), map(abs, [x])), "got map"),
+    "slots": (lambda m, x: (m.bn(m.conv(x)), Slots(x)), "got Slots"),
+    "an array": (lambda m, x: (m.bn(m.conv(x)), x.numpy()), "got ndarray"),
+    "no tensors": (lambda m, x: m.bn(m.conv(x)).mean().item(), "got float"),
+    "an empty object": (lambda m, x: (m.bn(m.conv(x)), holding())[1], "got Holder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPAQUE.values(), ids=OPAQUE)
+def test_outputs_that_cannot_be_read_prove_nothing(case: Any) -> None:
+    forward, reason = case
+    for edit in (gf.fold_batchnorm, gf.shrink, lambda m, x: gf.convert_batchnorm(m, "group", [x])):
+        model = settled(Net(forward, **copy.deepcopy(CONV)).double())
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(GoodfitError, match=f"outputs of Net are compared, so they must be tensors.*{reason}"):
+            edit(model, IMAGES)
+        assert type(model.bn) is nn.BatchNorm2d
+        assert list(model.state_dict()) == list(before)
+        assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+
+
+def test_objects_are_looked_into() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        out = holding(y=m.bn(m.conv(x)), name="a")
+        out.itself = [out]  # type: ignore[attr-defined]
+        return out
+
+    assert folded(Net(forward, **copy.deepcopy(CONV)).double(), IMAGES).folded == (("bn", "conv"),)
+    both = Net(lambda m, x: holding(y=m.bn(c := m.conv(x)), features=c), **copy.deepcopy(CONV)).double()
+    with pytest.raises(GoodfitError, match="is an output of the model"):
+        gf.fold_batchnorm(settled(both), IMAGES)
+    other = Net(lambda m, x: holding(y=m.bn(m.conv(x)) if x.sum() > 0 else m.conv(x)), **copy.deepcopy(CONV)).double()
+    with pytest.raises(GoodfitError, match="fails the proof"):
+        gf.fold_batchnorm(settled(other), IMAGES.abs())
+
+
+def test_folding_in_inference_mode_leaves_a_model_that_trains() -> None:
+    model = settled(nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3), nn.ReLU())).eval()
+    before = copy.deepcopy(model)
+    with torch.inference_mode():
+        gf.fold_batchnorm(model, ROWS)
+    assert not any(p.is_inference() for p in model.parameters())
+    torch.testing.assert_close(model(ROWS), before(ROWS))
+    model(ROWS).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
 
 
 def test_what_hooks_see_stays() -> None:
@@ -481,12 +561,18 @@ def test_the_table() -> None:
     assert shown[-2:] == ["1: folded into 0", "3 stands between relu and the output, with no layer at its side"]
 
 
+def exported() -> nn.Module:
+    model = settled(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))).double().eval()
+    return torch.export.export(model, (ROWS,)).module()
+
+
 REFUSED = {
     "not a model": (lambda: ROWS, "takes a torch.nn.Module"),
     "leaf": (lambda: nn.BatchNorm1d(4), "single BatchNorm1d"),
     "data parallel": (lambda: nn.DataParallel(nn.Sequential(nn.Linear(4, 4))), "DataParallel"),
     "compiled": (lambda: torch.compile(nn.Sequential(nn.Linear(4, 4))), "compiled"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), "lazy"),
+    "exported": (exported, "runs a model in eval mode, got an exported model: fold_batchnorm first, export afterwards"),
     "meta": (lambda: nn.Sequential(nn.Linear(4, 4)).to("meta"), "plain dense"),
     "wrong input": (lambda: nn.Sequential(nn.Linear(3, 4)), "must run on the example"),
 }

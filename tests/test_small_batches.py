@@ -82,6 +82,27 @@ def test_other_loaders_are_joined_on_the_fly() -> None:
             assert [len(b[0]) if isinstance(b, list) else len(b) for b in merge_last(loader)] == sizes, name
 
 
+def test_len_is_there_where_it_is_known_for_sure() -> None:
+    def twice(items: list[Any]) -> Tensor:
+        return torch.cat([torch.stack([x, x]) for x, _ in items])
+
+    collated = merge_last(DataLoader(DATA, batch_size=4, collate_fn=twice))
+    assert [len(batch) for batch in collated] == [8, 8, 8, 8, 2]
+    for merged in (collated, merge_last([ROWS[:4], ROWS[4:5]]), merge_last(DataLoader(Stream(), batch_size=4))):
+        with pytest.raises(TypeError, match="not known beforehand"):
+            len(merged)  # type: ignore[arg-type]
+
+
+def test_what_is_of_the_batch_and_not_of_its_rows_stays() -> None:
+    (merged,) = merge_last(
+        [{"x": ROWS[:4], "name": "a", "scale": 2.0, "mask": None}, {"x": ROWS[4:5], "name": "a", "scale": 2.0, "mask": None}]
+    )
+    assert torch.equal(merged.pop("x"), ROWS[:5])
+    assert merged == {"name": "a", "scale": 2.0, "mask": None}
+    with pytest.raises(GoodfitError, match="got str"):
+        list(merge_last([{"x": ROWS[:4], "name": "a"}, {"x": ROWS[4:5], "name": "b"}]))
+
+
 def test_a_shard_of_a_distributed_sampler_counts_its_own_rows() -> None:
     for rank in range(2):  # 17 rows are padded to 18, 9 for each
         loader = DataLoader(DATA, batch_size=4, sampler=DistributedSampler(DATA, 2, rank, shuffle=False))
@@ -274,7 +295,8 @@ def test_accumulation_beside_a_batch_norm_is_told_once(none: bool) -> None:
     told = loop(model, 4, none=none)
     assert len(told) == 1
     assert "the batch norm '1' normalizes each by its own statistics" in told[0]
-    assert not model[1].weight._backward_hooks
+    assert not model._forward_hooks
+    assert not model[1].weight._post_accumulate_grad_hooks
     assert loop(net(), 1, none=none) == []
     assert loop(net(norm=False), 4, none=none) == []
 
@@ -350,31 +372,116 @@ def test_what_is_no_accumulation_is_not_told() -> None:
     def checkpointed() -> None:
         torch.utils.checkpoint.checkpoint(model, ROWS.clone().requires_grad_(), use_reentrant=False).square().mean().backward()
 
-    for part in (siamese, two_losses, sharpness, late_zero, looking, checkpointed):
+    def looking_between() -> None:
+        y = model(ROWS)
+        y.square().mean().backward(retain_graph=True)
+        with torch.no_grad():
+            model(ROWS)
+        y.abs().mean().backward()
+
+    def asking() -> None:
+        model(ROWS).square().mean().backward()
+        torch.autograd.grad(model(ROWS).square().mean(), list(model.parameters()))
+
+    parts = (siamese, two_losses, sharpness, late_zero, looking, checkpointed, looking_between, asking)
+    for part in parts:
         for _ in range(2):
             optimizer.zero_grad()
             part()
             optimizer.step()  # a warning is an error here
 
 
-def test_frozen_norms_are_not_watched_or_do_not_move() -> None:
-    for freeze in (lambda m: m[1].eval(), lambda m: m[1].requires_grad_(False)):
-        model = net()
-        model.train()
-        freeze(model)
-        assert loop(model, 4) == []
+class Checkpointed(nn.Module):
+    """One norm in two segments that are run again in the backward pass."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.reentrant = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for _ in range(2):
+            h = torch.utils.checkpoint.checkpoint(lambda q: self.last(self.norm(q)).relu(), h, use_reentrant=self.reentrant)
+        return h
 
 
-def test_the_watch_ends_with_its_run_and_is_not_copied() -> None:
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_segments_are_told_apart_from_batches(reentrant: bool) -> None:
+    assert loop(Checkpointed(reentrant), 1) == []
+    assert len(loop(Checkpointed(reentrant), 2)) == 1
+    model = Checkpointed(reentrant)
+    run = gf.Run(WeightDecay(0.01), model)
+    optimizer = SGD(model.parameters(), 1e-3)
+    run.attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        y = model(ROWS)
+        y.square().mean().backward(retain_graph=True)
+        y.abs().mean().backward()  # a second loss of one batch; a warning is an error here
+        optimizer.step()
+
+
+def test_both_runs_before_both_gradients_are_accumulation() -> None:
     model = net()
     run = gf.Run(WeightDecay(0.01), model)
     run.attach(SGD(model.parameters(), 1e-3))
-    assert len(model[1].weight._backward_hooks) == 1
+    losses = [model(x).square().mean() for x in ROWS[:16].chunk(2)]
+    losses[0].backward()
+    with pytest.warns(GoodfitWarning, match="several batches go into one step"):
+        losses[1].backward()
+
+
+@pytest.mark.parametrize("how", [{"affine": False}, {"track_running_stats": False}, {}])
+def test_norms_without_weights_or_statistics_are_told_too(how: dict[str, bool]) -> None:
+    model = net()
+    model[1] = nn.BatchNorm1d(8, **how)
+    if not how:
+        model[1].requires_grad_(False)
+    assert len(loop(model, 2)) == 1
+    assert loop(model, 1) == []
+
+
+def test_frozen_norms_and_ghosts_may_accumulate() -> None:
+    def ghost(model: nn.Module) -> None:
+        gf.convert_batchnorm(model, "ghost", size=4)
+
+    for spare in (lambda m: m[1].eval(), gf.freeze_batchnorm, ghost):
+        model = net()
+        model.train()
+        spare(model)
+        assert loop(model, 4) == []
+
+
+def test_the_watch_ends_after_the_first_steps() -> None:
+    model = net()
+    assert loop(model, 1, steps=11) == []
+    assert not model._forward_hooks
+    assert not model[1].weight._post_accumulate_grad_hooks
+
+
+def test_the_watch_ends_with_its_run_and_copies_are_not_watched() -> None:
+    model = net()
+    run = gf.Run(WeightDecay(0.01), model)
+    run.attach(SGD(model.parameters(), 1e-3))
+    assert model._forward_hooks
+    assert model[1].weight._post_accumulate_grad_hooks
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not other[1].weight._backward_hooks
+        assert not other[1].weight._post_accumulate_grad_hooks
+        for x in ROWS[:16].chunk(2):
+            other(x).square().mean().backward()  # a warning is an error here
     del run
     gc.collect()
-    assert not model[1].weight._backward_hooks
+    assert not model._forward_hooks
+    assert not model[1].weight._post_accumulate_grad_hooks
+
+
+def test_a_watched_model_compiles_whole() -> None:
+    model = net()
+    run = gf.Run(WeightDecay(0.01), model)
+    run.attach(SGD(model.parameters(), 1e-3))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        compiled(ROWS).square().mean().backward()
 
 
 def test_a_norm_converted_meanwhile_is_not_watched() -> None:

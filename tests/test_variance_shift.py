@@ -37,7 +37,7 @@ def test_a_mean_makes_it_larger() -> None:
 
 
 def test_a_channel_apart() -> None:
-    """Channel 0 reads what is dropped, channel 1 what is not: ratios 2 and 1, of mean 1.5."""
+    """Channel 0 reads what is dropped, channel 1 what is not: ratios 2 and 1, of median 1.5."""
 
     class Half(nn.Module):
         def __init__(self) -> None:
@@ -82,9 +82,9 @@ def test_batches_are_one_population() -> None:
     batches = [ROWS[:10], ROWS[10:300] + 5, (ROWS[300:400] - 2, None)]
     population = torch.cat([ROWS[:10], ROWS[10:300] + 5, ROWS[300:400] - 2]).var(0, unbiased=False)
     (row,) = variance_shift(norm, batches).layers
-    assert row.running == pytest.approx(float((1 / population).mean()))
+    assert row.running == pytest.approx(float((1 / population).quantile(0.5)))
     shifted = variance_shift(norm, [ROWS[:100] + 1e6]).layers[0].running
-    assert shifted == pytest.approx(float((1 / ROWS[:100].var(0, unbiased=False)).mean()), rel=1e-6)
+    assert shifted == pytest.approx(float((1 / ROWS[:100].var(0, unbiased=False)).quantile(0.5)), rel=1e-6)
 
 
 def test_images_and_channel_dropout() -> None:
@@ -179,6 +179,33 @@ def test_a_dead_channel_has_no_ratio() -> None:
     assert variance_shift(model, [ROWS], samples=4000).worst == pytest.approx(2, rel=0.05)
 
 
+def test_one_channel_that_hardly_varies_does_not_speak_for_all() -> None:
+    """Channel 0 is a large mean with little variance: dropout multiplies its variance by more than a thousand."""
+    model, x = dropped(0.5), ROWS.clone()
+    x[:, 0] = 100 + 0.01 * x[:, 0]
+    with torch.no_grad():
+        model[1].weight[:, 0] = 0
+        model[1].weight[0] = F.one_hot(torch.tensor(0), 24)
+    found = variance_shift(model, [x], samples=4000)
+    assert found.layers[0].largest > 1000
+    assert found.worst == pytest.approx(2, rel=0.05)
+
+
+def test_a_shift_of_few_channels_is_not_called_none() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(24, 3), nn.BatchNorm1d(3))
+    model[0] = First()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(3, 24))
+    found = variance_shift(model, [ROWS])
+    assert found.worst == 1
+    assert "no shift" not in str(found)
+
+
+class First(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.dropout(x[:, :1], 0.5, self.training), x[:, 1:]], 1)
+
+
 def weighted() -> nn.Module:
     model = dropped(0.5)
     model.cache = model[1](ROWS[:2])
@@ -193,6 +220,8 @@ def weighted() -> nn.Module:
         (lambda: dropped(0.5), [], "needs batches with rows"),
         (lambda: dropped(0.5), [ROWS[:, :3]], "runs Sequential on the batches in both modes, got RuntimeError: mat1"),
         (lambda: dropped(0.5), [ROWS * float("nan")], "'2' gets nan or inf"),
+        (lambda: dropped(0.5), [ROWS[:1]], "at least 2 different rows"),
+        (lambda: dropped(0.5), [ROWS[:1].expand(9, -1), ROWS[:1]], "at least 2 different rows"),
         (lambda: nn.Sequential(nn.LazyBatchNorm1d()), [ROWS], "is lazy: run the model on a batch once"),
         (weighted, [ROWS], "Sequential cannot be copied"),
     ],

@@ -22,7 +22,7 @@ def rows_of(batch: Any) -> int | None:
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """The rows of several batches as one batch of the same form."""
+    """The rows of several batches as one batch of the same form; what is no tensor must be the same in all."""
     first = parts[0]
     kinds = {type(part) for part in parts}
     if len(kinds) == 1 and isinstance(first, Tensor) and first.ndim:
@@ -41,5 +41,7 @@ def joined(parts: Sequence[Any]) -> Any:
             return type(first)(joined(one) for one in zip(*parts, strict=True))
         if rows_of(first) is None:  # rows that are no numbers, such as texts
             return type(first)(row for part in parts for row in part)
+    if len(kinds) == 1 and isinstance(first, str | bytes | int | float | None) and all(part == first for part in parts):
+        return first  # of the batch, not of a row
     shown = " and ".join(sorted(kind.__name__ for kind in kinds))
     raise GoodfitError(f"Rows can be joined in tensors, tuples, lists and dicts of them, got {shown}.")

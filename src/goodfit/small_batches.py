@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_collate
 
 from goodfit.batchnorms.present import by_batch
 from goodfit.data import Order
@@ -24,8 +24,8 @@ def merge_last(loader: Iterable[Any]) -> Iterable[Any]:
     """A loader whose last batch is never a single row: such a row joins the batch before it, for models with batch norms.
 
     Formula:  n rows in batches of b, where n mod b = 1 and n > b: the last batch has b + 1 rows.
-    Shapes:   batches keep their form: tensors with rows on axis 0, in tuples, lists and dicts. `len` counts what comes, where
-              the loader tells its rows beforehand.
+    Shapes:   batches keep their form: tensors with rows on axis 0, in tuples, lists and dicts. `len` is there where a
+              DataLoader makes a row of each item.
     Ranges:   any iterable of batches. A row that stands alone before the end joins too. Where the loader tells that its last
               batch has more rows, or all have one, it is given back as it is.
     Errors:   GoodfitError while it is iterated, where a single row is of another shape than the batch before.
@@ -46,7 +46,10 @@ class Merged:
         self.loader, self.untold = loader, untold
 
     def __len__(self) -> int:
-        return len(self.loader) - (_foreseen(self.loader) is not None)  # type: ignore[arg-type]
+        foreseen, collate = _foreseen(self.loader), getattr(self.loader, "collate_fn", default_collate)
+        if foreseen is None or collate is not default_collate:
+            raise TypeError("How many batches come is not known beforehand.")
+        return len(self.loader) - _single(*foreseen)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
         held = None

@@ -65,6 +65,9 @@ def _pair(norm: nn.Module, run: Record, products: list[Layer], names: dict[nn.Mo
     if before is not None:
         return f"comes after {names[before.module]}: {pair}"
     maker, readers = run.makers.get(storage(x)), run.reading(y)
+    source = maker.modules[-1] if maker is not None and maker.modules else norm
+    if "weight" not in source._parameters and isinstance(getattr(source, "weight", None), Tensor):
+        return f"comes after {names[source]}: its weight is computed"
     origin = maker.call.name if maker is not None else "the input"
     return f"stands between {origin} and {readers[0].call.name if readers else 'the output'}, with no layer at its side"
 

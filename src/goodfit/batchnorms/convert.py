@@ -62,9 +62,10 @@ def convert_batchnorm(
     """Turn all batch norms of a model into synchronized, ghost or group norms, in place, without renaming anything.
 
     Formula:  "sync": torch's SyncBatchNorm, statistics over all processes. "ghost": in training, statistics of each `size`
-              consecutive rows of what the norm gets; eval is a batch norm's. "group": per row, y = γ · z + β with z =
-              (x − mean) / √(var + eps) over groups of channels, and with the γ and β per channel that least squares find:
-              min Σ (γz + β − t)², where t is what the batch norm said in eval mode, and z stands behind converted norms.
+              consecutive rows of what the norm gets (tokens, where the model folds them into rows); eval is a batch norm's.
+              "group": per row, y = γ · z + β with z = (x − mean) / √(var + eps) over groups of channels, and with the γ and β
+              per channel that least squares find: min Σ (γz + β − t)², where t is what the batch norm said in eval mode, and z
+              stands behind converted norms.
     Shapes:   unchanged. Modules stay the same objects of another class: modes, hooks, sharing, frozen parameters and what the
               optimizer knows stay. `state_dict` keys stay for "sync" and "ghost"; a group norm has no running statistics. A
               subclass that goes on to layers of its own, such as a norm with an activation in it, does so afterwards.
@@ -72,8 +73,9 @@ def convert_batchnorm(
               are held in memory. groups, >= 1, the most groups: a layer gets the largest divisor of its channels up to it that
               leaves a group 8 values of a row; the fewer, the nearer the start. size, >= 2, rows.
     Errors:   GoodfitError, with the model untouched, for a model without batch norms; wrapped, compiled, scripted or lazy ones;
-              a subclass that does something else; rows that depend on one another in eval mode; a norm with one value per row;
-              SyncBatchNorm to "ghost". A module that keeps running statistics by itself is left, with a warning.
+              a subclass that does something else; SyncBatchNorm to "ghost"; for "group" rows that depend on one another in
+              eval mode, data with nan or inf, a norm with one value per row, and outputs that hold no tensors. A module that
+              keeps running statistics by itself is left, with a warning.
     Source:   Wu and He 2018, Group normalization, arXiv 1803.08494; Hoffer, Hubara and Soudry 2017, Train longer, generalize
               better, arXiv 1705.08741, for ghost batch norm.
 

@@ -33,15 +33,18 @@ def fold_batchnorm(model: nn.Module, example: Any) -> Folded:
               1e-2 in float16 and 5e-2 in bfloat16: on the example, on other numbers in its shape, and on other numbers of
               rows, lengths and image sizes that the model takes. Where a model in float32 loses more than that by its own
               rounding, it may be up to 1e-3, if in a copy in float64 it is at most 1e-10 and the folded model is at most
-              twice as far from that copy as the model was. Equality is claimed for finite inputs in eval mode.
-    Errors:   GoodfitError, with the model untouched, for wrapped, compiled, scripted, lazy, sparse or quantized models, for a
-              model that does not run on the example, and if there are batch norms but none can be folded. One that must
-              stay while others go is told in `kept`, with the reason: shared, hooked or tied layers, outputs that are read
-              elsewhere too, norms that go by their batch, batch_norm as a function.
+              twice as far from that copy as the model was. Equality is claimed for finite inputs in eval mode; a branch
+              that the example never takes is not seen.
+    Errors:   GoodfitError, with the model untouched, for wrapped, compiled, scripted, exported, lazy, sparse or quantized
+              models, for one that does not run on the example, for outputs that cannot be read (they must be tensors, in
+              tuples, lists, dicts, data classes or other objects with attributes), and if there are batch norms but none can
+              be folded. One that must stay while others go is told in `kept`, with the reason: shared, hooked or tied layers,
+              outputs that are read elsewhere too, norms that go by their batch, batch_norm as a function.
     Source:   Jacob et al., Quantization and training of neural networks, 2018, arXiv:1712.05877, section 3.2.
 
-    In place: `result.model is model`, and weights stay the same objects; a layer without a bias gets one. Fold when training is
-    over: in train mode the model no longer normalizes by its batch, and the keys of the norms leave its `state_dict`.
+    In place: `result.model is model`, and weights stay the same objects; a layer without a bias gets one. So a `state_dict`
+    that was taken before, but not copied, changes with it. Fold when training is over: in train mode the model no longer
+    normalizes by its batch, and the keys of the norms leave its `state_dict`.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU())
     >>> result = fold_batchnorm(model, torch.ones(4, 2))

@@ -76,7 +76,8 @@ class Start:
         for name, value in (("weight", self.weight), ("bias", self.bias)):
             known = getattr(norm, name)
             if known is None:
-                norm.register_parameter(name, nn.Parameter(value.to(self.like.dtype), requires_grad=False))
+                with torch.inference_mode(False):  # else the model could not be trained
+                    norm.register_parameter(name, nn.Parameter(value.to(self.like.dtype, copy=True), requires_grad=False))
             else:
                 known.data.copy_(value)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -99,6 +100,12 @@ def starts(model: nn.Module, x: Any, norms: dict[_BatchNorm, tuple[str, ...]], g
             vars(one.norm)["forward"] = one
             stack.callback(vars(one.norm).pop, "forward")
         twice = list(tensors_in(call_model(model, _doubled(x, rows))))
+    bad = next((one.norm for one in found if not bool((one.weight + one.bias).isfinite().all())), None)
+    if bad is not None:
+        name = next(name for name, module in model.named_modules() if module is bad)
+        raise GoodfitError(
+            f"convert_batchnorm needs finite numbers, but the batch norm {name!r} gets nan or inf: look at the data."
+        )
     halves = [t.tensor_split(2)[1] if t.ndim else t for t in twice]
     if largest_error(answers(model, x), halves)[0] > _LOOSE:
         raise GoodfitError(

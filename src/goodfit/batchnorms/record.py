@@ -86,13 +86,8 @@ def record(model: nn.Module, example: Any) -> Record:
     run.show(outputs, "is an output of the model")
     for name, module in model.named_modules():
         held = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
-        run.show([t for value in held.values() for t in _shallow(value)], f"is kept by {name or 'the model'}")
+        run.show(held, f"is kept by {name or 'the model'}")
     return run
-
-
-def _shallow(value: Any) -> list[Tensor]:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    return [t for t in items if isinstance(t, Tensor)]
 
 
 class _Functions(TorchFunctionMode):

@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from goodfit.batchnorms.batches import device_of, inputs
+from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
 from goodfit.surgery.running import call_model, evaluating, training
@@ -25,8 +26,9 @@ __all__ = ["Shift", "VarianceShift", "variance_shift"]
 
 @dataclass(frozen=True)
 class Shift:
-    """One batch norm. ratio: the mean over channels of train-mode to eval-mode variance of its input. largest: of the channel
-    where the two are farthest apart. running: the same mean for the running variance in place of the train-mode one."""
+    """One batch norm. ratio: the median over channels of train-mode to eval-mode variance of its input; a mean would be that of
+    the few channels that hardly vary. largest: of the channel where the two are farthest apart. running: the median for the
+    running variance in place of the train-mode one."""
 
     name: str
     ratio: float
@@ -53,7 +55,7 @@ class VarianceShift:
             lines.append(f"{s.name:{width}}  {s.ratio:>10.3f}  {s.largest:>13.3f}  {running:>12}".rstrip())
         if not self.layers:
             return "no batch norm ran: no variance to shift"
-        if self.worst == 1:
+        if all(s.largest == 1 for s in self.layers):
             return "\n".join([*lines, "no shift: nothing that is on in training alone changes the variances"])
         rule = "dropout behind the last batch norm shifts nothing; before one, 1.05 and more is a reason to move it or lower p"
         return "\n".join([*lines, f"worst {self.worst:.3f}; {rule}"])
@@ -69,8 +71,9 @@ def variance_shift(model: nn.Module, batches: Iterable[Any], *, samples: int = 1
               running statistics in both modes, so that it is dropout alone that is measured. A model under DDP or
               torch.compile is measured inside.
     Ranges:   about `samples` rows are used. seed is that of the masks. 1 is no shift.
-    Errors:   GoodfitError for data with nan or inf; for scripted and lazy models, one that does not run on a batch, or that
-              cannot be copied. The model stays untouched, and so does torch's generator: a copy is measured.
+    Errors:   GoodfitError for data with nan or inf, or without 2 different rows; for scripted and lazy models, one that does
+              not run on a batch, or that cannot be copied. The model stays untouched, and so does torch's generator: a copy is
+              measured.
     Source:   Li, Chen, Hu and Yang 2019, Understanding the disharmony between dropout and batch normalization by variance
               shift, arXiv 1801.05134.
 
@@ -84,6 +87,8 @@ def variance_shift(model: nn.Module, batches: Iterable[Any], *, samples: int = 1
         if isinstance(layer, Noisy):
             layer.bind(name, seed, Clock())
     xs = list(inputs(copied, batches, samples, "variance_shift"))
+    if not _vary(xs):
+        raise GoodfitError("variance_shift needs at least 2 different rows, got one, or equal ones: give more of the data.")
     norms = {name: m for name, m in copied.named_modules() if isinstance(m, _BatchNorm)}
     home = device_of(copied)
     with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []), torch.no_grad():
@@ -122,6 +127,18 @@ def _copy(model: nn.Module) -> nn.Module:
         raise GoodfitError(f"variance_shift measures a copy, but {type(inner).__name__} cannot be copied: {first}") from problem
 
 
+def _vary(xs: list[Any]) -> bool:
+    """Whether some row differs from the first one of its kind."""
+    first: dict[int, Tensor] = {}
+    for x in xs:
+        for place, t in enumerate(tensors_in(x)):
+            if t.ndim and len(t):
+                one = first.setdefault(place, t[:1])
+                if one.shape[1:] != t.shape[1:] or not torch.equal(one.expand_as(t), t):
+                    return True
+    return False
+
+
 def _variances(model: nn.Module, xs: list[Any], norms: dict[str, _BatchNorm], mode: Any) -> dict[str, Tensor]:
     """The variance per channel of what each norm gets in one mode, over all batches and calls."""
     sums: dict[str, tuple[int, Tensor, Tensor, Tensor]] = {}
@@ -156,5 +173,10 @@ def _shift(name: str, train: Tensor, still: Tensor, running: Tensor | None) -> S
     alive = still > 1e-12 * still.max()
     ratios = (train / still)[alive] if bool(alive.any()) else torch.ones(1)
     far = int(ratios.log().abs().argmax())
-    moved = None if running is None else float((running.double() / still)[alive].mean())
-    return Shift(name, float(ratios.mean()), float(ratios[far]), moved)
+    moved = None if running is None else _median((running.double() / still)[alive])
+    return Shift(name, _median(ratios), float(ratios[far]), moved)
+
+
+def _median(values: Tensor) -> float:
+    """Of an even number the mean of the two in the middle."""
+    return float(values.quantile(0.5)) if len(values) else 1.0

@@ -38,8 +38,9 @@ def _put(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
         if old is not None:
             write(old, value)
         elif bool(value.any()) and template is not None:
-            made = value.to(template.device, template.dtype)
-            layer.register_parameter(name, nn.Parameter(made, requires_grad=template.requires_grad))
+            with torch.inference_mode(False):  # else it could not be trained
+                made = value.to(template.device, template.dtype, copy=True)
+                layer.register_parameter(name, nn.Parameter(made, requires_grad=template.requires_grad))
 
 
 def write(parameter: nn.Parameter, value: Tensor) -> None:

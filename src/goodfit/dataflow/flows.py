@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["INPUT", "Call", "Flow", "Reader", "Rectangle", "tensors_in"]
+__all__ = ["INPUT", "Call", "Flow", "Reader", "Rectangle", "leaves_in", "tensors_in"]
 
 INPUT = "the input"
+
+_WHOLE = (Tensor, nn.Module, str, bytes, range, int, float, complex, type, Enum)
 
 
 @dataclass(eq=False)
@@ -76,13 +81,33 @@ class Call:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested values, outputs of models that are dicts or data classes among them."""
-    if isinstance(value, Tensor):
+    """The tensors in nested values: containers, data classes and other objects with attributes."""
+    return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))
+
+
+def leaves_in(value: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
+    """What nested values consist of. `seen`, which is held so that an identity stays its own, ends circles."""
+    seen = {} if seen is None else seen
+    inside = None if isinstance(value, _WHOLE) else _inside(value)
+    if inside is None:
         yield value
-    elif isinstance(value, dict):
-        yield from tensors_in(value.values())
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors_in(vars(value).values())
-    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | range | Iterator):
-        for one in value:
-            yield from tensors_in(one)
+    elif id(value) not in seen:
+        if not isinstance(value, tuple):
+            seen[id(value)] = value
+        for one in inside:
+            yield from leaves_in(one, seen)
+
+
+def _inside(value: Any) -> Iterable[Any] | None:
+    """The parts of a container or an object; None for what has none, or would be used up by looking."""
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        items = value.values() if isinstance(value, dict) else value
+        own = getattr(value, "__dict__", None)
+        return chain(items, (v for v in own.values() if not any(v is one for one in items))) if own else items
+    if hasattr(value, "__dict__"):
+        return None if type(value).__module__ == "builtins" else list(vars(value).values())
+    if hasattr(value, "__dataclass_fields__"):
+        return [getattr(value, name, None) for name in value.__dataclass_fields__]
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, Iterable) and not isinstance(value, Iterator | np.ndarray) else None

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from goodfit.dataflow.flows import tensors_in
+from goodfit.dataflow.flows import leaves_in, tensors_in
+from goodfit.errors import GoodfitError
 from goodfit.surgery.running import call_model, must_run, quiet
 
 __all__ = ["BOUNDS", "Proof", "along", "answers", "largest_error", "mapped", "shuffled", "variants"]
+
+_PLAIN = (Tensor, str, bytes, range, int, float, complex, type, Enum, type(None), torch.dtype, torch.device)
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def answers(model: nn.Module, example: Any) -> list[Tensor]:
-    """Copies of all output tensors, in order."""
+    """Copies of all output tensors, in order; refused where an output cannot be read, since nothing is then proved."""
     with quiet(model):
-        return [t.detach().clone() for t in tensors_in(call_model(model, example))]
+        outputs = call_model(model, example)
+        leaves = list(leaves_in(outputs))
+        found = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    unread = [leaf for leaf in leaves if not isinstance(leaf, _PLAIN)]
+    if unread or not found:
+        kind = type(unread[0] if unread else outputs).__name__
+        raise GoodfitError(
+            f"The outputs of {type(model).__name__} are compared, so they must be tensors, or tuples, lists, dicts or data "
+            f"classes of them; got {kind}: let the model return tensors."
+        )
+    return found
 
 
 def variants(example: Any) -> Iterator[Any]:
@@ -98,6 +112,8 @@ class Proof:
         self.model = model
         try:
             self.truth = [(example, answers(model, example))]
+        except GoodfitError:
+            raise
         except Exception as problem:
             raise must_run(model, problem) from problem
         for other in variants(example):

@@ -21,6 +21,10 @@ def refuse_unfit(model: nn.Module, who: str) -> None:
         kind = type(module)
         if "quantized" in kind.__module__ or hasattr(module, "_orig_mod"):
             raise GoodfitError(f"{who} edits plain layers, got the {kind.__name__} {name!r}: {who} first, convert afterwards.")
+        if "eval" in vars(module):  # torch.export puts one there that raises
+            raise GoodfitError(
+                f"{who} runs a model in eval mode, got an exported {name or 'model'}: {who} first, export afterwards."
+            )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise GoodfitError(f"{who} needs weights that are there, but {name} is lazy: run the model on a batch once.")
