@@ -478,6 +478,11 @@ def _one_of_two(rank: int, address: str, folder: str) -> None:
     x = torch.load(f"{folder}/x")
     recalibrate(model, [x[:5], x[5:13]] if rank == 0 else [x[13:]])
     torch.save(model.state_dict(), f"{folder}/{rank}")
+    routed = Routed().double()
+    routed.load_state_dict(torch.load(f"{folder}/routed"))
+    rows = torch.load(f"{folder}/rows")
+    recalibrate(routed, [{"x": rows[:9], "flag": False}] if rank == 0 else [{"x": t, "flag": True} for t in rows[9:].split(8)])
+    torch.save(routed.state_dict(), f"{folder}/routed{rank}")
 
 
 @pytest.mark.slow
@@ -485,12 +490,20 @@ def test_two_processes_with_a_share_each_get_the_statistics_of_the_whole(tmp_pat
     model, x = mlp(), torch.randn(30, 5) + 3
     torch.save(model.state_dict(), tmp_path / "model")
     torch.save(x, tmp_path / "x")
+    routed, rows = Routed(), torch.randn(30, 4) + 3
+    torch.save(routed.state_dict(), tmp_path / "routed")
+    torch.save(rows, tmp_path / "rows")
     multiprocessing.spawn(_one_of_two, (str(tmp_path / "address"), str(tmp_path)), nprocs=2)
     recalibrate(model, [x])
     for rank in range(2):
         for name, t in torch.load(tmp_path / str(rank)).items():
             if "num" not in name:
                 torch.testing.assert_close(t, model.state_dict()[name], rtol=1e-12, atol=1e-12)
+    recalibrate(routed, [{"x": rows[:9], "flag": False}, {"x": rows[9:], "flag": True}])
+    for rank in range(2):  # one of which never calls a norm that the other calls
+        for name, t in torch.load(tmp_path / f"routed{rank}").items():
+            if "num" not in name:
+                torch.testing.assert_close(t, routed.state_dict()[name], rtol=1e-12, atol=1e-12)
 
 
 def trained(cocktail: Any, model: nn.Module, x: Tensor, scores: list[float]) -> Run:

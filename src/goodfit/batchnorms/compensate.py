@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from goodfit.batchnorms.watch import Norm
+from goodfit.batchnorms.norm import Norm
 from goodfit.errors import GoodfitError
 
 __all__ = ["affine_changes"]
@@ -17,7 +17,7 @@ def affine_changes(model: nn.Module, norms: Mapping[int, Norm], names: Mapping[i
     own, taken = {id(p) for p in model.parameters()}, set[int]()
     changes = []
     for key, norm in norms.items():
-        (weight, bias), *others = norm.affines.values()
+        (weight, bias), *others = norm.affines.values() or [(None, None)]
         if weight is None or bias is None or others or not {id(weight), id(bias)} <= own - taken:
             raise GoodfitError(
                 f"keep_function changes γ and β with the statistics, but {names[key]} has none of its own: leave it out."

@@ -17,8 +17,9 @@ from torch.nn.parameter import is_lazy
 from goodfit.batchnorms.batches import inputs
 from goodfit.batchnorms.compensate import affine_changes
 from goodfit.batchnorms.freeze import owns_statistics
+from goodfit.batchnorms.norm import Norm, put
 from goodfit.batchnorms.still import is_frozen
-from goodfit.batchnorms.watch import Norm, Watch, put
+from goodfit.batchnorms.watch import Watch
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.processes import world
 from goodfit.surgery.running import call_model, evaluating, must_run
@@ -81,7 +82,7 @@ class _Recalibration:
         _refuse(model)
         self.model, self.left = model, left
         self.names = {id(b): name.rpartition(".")[0] or type(model).__name__ for name, b in model.named_buffers()}
-        self.watch = Watch({id(b) for m in left for b in m.buffers(recurse=False)}, set(self.names), still)
+        self.watch = Watch({id(b) for m in left for b in m.buffers(recurse=False)}, {id(b): b for b in model.buffers()}, still)
 
     def run(self, batches: Iterable[Any], samples: int | None, exact: bool) -> dict[str, float]:
         with ExitStack() as stack:

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goodfit.batchnorms.moments import Moments
+from goodfit.batchnorms.norm import Norm, agree
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.processes import world
 
-__all__ = ["Norm", "Watch", "put"]
+__all__ = ["Watch"]
 
 _BUILT_IN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 _READS = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist)  # behind torch's back
@@ -31,62 +31,15 @@ class _Enough(BaseException):
     """All that this batch can tell is known; no `except Exception` of a model stops it."""
 
 
-class Norm:
-    """One pair of running statistics, called once or several times in a forward pass.
-
-    known: the statistics that it will have. depends: the norms that what it gets was computed from. affines: the (γ, β) of its
-    calls.
-    """
-
-    def __init__(self, mean: Tensor, var: Tensor) -> None:
-        self.mean, self.var, self.eps = mean, var, 0.0
-        self.known: tuple[Tensor, Tensor] | None = None
-        self.depends = frozenset[Norm]()
-        self.affines: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
-        self.forget()
-
-    @property
-    def waits(self) -> frozenset[Norm]:
-        """The norms without known statistics among those that it depends on."""
-        return frozenset(norm for norm in self.depends if norm.known is None)
-
-    def forget(self) -> None:
-        """Before a pass over the data; what is known stays."""
-        if self.known is None:
-            self.moments, self.calls = Moments(self.mean), 0
-
-    def settle(self, name: str) -> None:
-        """Take what was seen, in all processes, as the statistics."""
-        if world() > 1:
-            self.moments.over_processes()
-        mean, var = self.moments.mean.to(self.mean.dtype), self.moments.var.to(self.var.dtype)
-        if not bool((mean.isfinite() & var.isfinite()).all()):
-            raise GoodfitError(
-                f"recalibrate met NaN, inf or numbers beyond {self.mean.dtype} in what {name} gets; all statistics are as they "
-                "were. Look for such rows in the data, or such weights before it."
-            )
-        self.known = mean, var
-
-    def write(self) -> float:
-        """Put the statistics in; how far they moved, in standard deviations."""
-        assert self.known is not None
-        (mean, var), (new_mean, new_var) = [(m.double(), v.double()) for m, v in ((self.mean, self.var), self.known)]
-        spread = (new_var + self.eps).sqrt()
-        moved = ((new_mean - mean).abs() / spread).maximum(((var + self.eps).sqrt() / spread - 1).abs())
-        put(self.mean, self.known[0])
-        put(self.var, self.known[1])
-        return float(moved.max())
-
-
 class Watch(TorchFunctionMode):
     """Sees the calls of batch norms of a model in eval mode, in order; nothing is written into them.
 
-    left: ids of running means that stay as they are. owned: ids of the model's buffers. still: a norm without known statistics
+    left: ids of running means that stay as they are. owned: the model's buffers by id. still: a norm without known statistics
     normalizes by those that it has, so that the model says what it said; else by its batch, as in training. plan: the calls of
     norms where all batches are known to make the same ones.
     """
 
-    def __init__(self, left: set[int], owned: set[int], still: bool) -> None:
+    def __init__(self, left: set[int], owned: dict[int, Tensor], still: bool) -> None:
         super().__init__()
         self.left, self.owned, self.still = left, owned, still
         self.norms: dict[int, Norm] = {}
@@ -99,7 +52,7 @@ class Watch(TorchFunctionMode):
 
     def begin(self) -> None:
         """Before a pass over the data: run batches only as deep as the next norms need, where it is known how deep."""
-        self.chosen = self._next() if self.plan else []
+        self.chosen = self._next()
         self.enough = max((i for i, norm in enumerate(self.plan, 1) if norm in self.chosen), default=0)
         self.orders, self.acted = set(), False
         for norm in self.norms.values():
@@ -116,11 +69,15 @@ class Watch(TorchFunctionMode):
 
     def end(self) -> list[Norm]:
         """After a pass: the norms whose statistics it told. None, if batches called otherwise than the plan said."""
-        if self.enough:
+        cut = self.enough > 0
+        called = {key for key, norm in self.norms.items() if norm.calls}
+        if world() > 1 and self.owned:
+            self.norms, called, cut = agree(self.norms, called, cut, self.owned)
+        if cut:
             told = self.chosen if self._next() == self.chosen else []
             self.plan = self.plan if told else ()
             return told
-        self.norms = {key: norm for key, norm in self.norms.items() if norm.known is not None or norm.calls}
+        self.norms = {key: norm for key, norm in self.norms.items() if norm.known is not None or key in called}
         orders = self.orders - {()}
         self.plan = orders.pop() if len(orders) == 1 and not self.acted else ()
         return self._next()
@@ -186,12 +143,6 @@ class Watch(TorchFunctionMode):
         norm.calls += 1
         mean, var = norm.moments.see(input)
         return (norm.mean, norm.var) if self.still else (mean.to(norm.mean.dtype), var.to(norm.var.dtype))
-
-
-def put(tensor: Tensor, value: Tensor) -> None:
-    """Write into a tensor in place, also one that was made in inference mode."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(value)
 
 
 class _Depends(TorchDispatchMode):  # type: ignore[no-untyped-call]
