@@ -561,19 +561,28 @@ def held(model: nn.Module) -> list[Any]:
     ]
 
 
+def said(model: nn.Module) -> Tensor:
+    """What it makes of a batch in training, without that it has run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return copy.deepcopy(model)(X)
+
+
 @pytest.mark.parametrize("built", ["", "Dropout(0.3)", "Dropout(0.3), InputDropout(0.2)"])
 @pytest.mark.parametrize(("make", "more"), [(net, "InputDropout(0.6), BatchNorm(), "), (lambda: Twice().double(), "")])
 def test_a_refused_cocktail_leaves_no_part_of_it_in_the_model(make: Callable, more: str, built: str) -> None:
     model = make()
     if built:
         gf.Run(built, model, example=X, seed=3)
-    before, state = held(model), torch.get_rng_state()
+    before, output, state = held(model), said(model), torch.get_rng_state()
     for wrong in ("DropPath(0.2)", "L2(0.1, where=named('nothing'))"):
         with pytest.raises(gf.GoodfitError, match=r"found no residual addition|matched no weights"):
             gf.Run(f"Dropout(0.7), {more}{wrong}", model, example=X)
         assert held(model) == before
+        assert torch.equal(said(model), output)
     assert torch.equal(torch.get_rng_state(), state)
     gf.Run("Dropout(0.7)", model, example=X)
+    assert not torch.equal(said(model), output)
     assert 0.7 in [getattr(m, "p", 0.0) for m in model.modules()]
 
 
