@@ -427,6 +427,20 @@ def test_what_hooks_see_stays() -> None:
     assert folded(model, ROWS).folded == (("1", "0.0"),)
 
 
+def test_dropout_that_goodfit_set_is_nothing_in_eval_mode() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.fc(F.dropout(m.bn(m.conv(x)).mean((2, 3)), 0.5, m.training))
+
+    for mix in (gf.DropConnect(0.3), gf.Dropout(0.3)):
+        inner = Net(forward, fc=nn.Linear(4, 3), **copy.deepcopy(CONV)).double()
+        model = nn.Sequential(inner)
+        run = gf.Run(mix, model, example=IMAGES)
+        assert folded(model, IMAGES).folded == (("0.bn", "0.conv"),)
+        model.train()
+        assert any(not torch.equal(model(IMAGES), model(IMAGES)) for _ in range(9))
+        del run
+
+
 def test_norms_that_goodfit_inserted() -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 2)

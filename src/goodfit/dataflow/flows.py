@@ -104,7 +104,7 @@ def _inside(value: Any) -> Iterable[Any] | None:
         items = value.values() if isinstance(value, dict) else value
         own = getattr(value, "__dict__", None)
         return chain(items, (v for v in own.values() if not any(v is one for one in items))) if own else items
-    if hasattr(value, "__dict__"):
+    if getattr(value, "__dict__", None):
         return None if type(value).__module__ == "builtins" else list(vars(value).values())
     if hasattr(value, "__dataclass_fields__"):
         return [getattr(value, name, None) for name in value.__dataclass_fields__]
