@@ -207,6 +207,8 @@ def held(place: str) -> Any:
     def forward(m: Any, x: Tensor) -> Tensor:
         y, holder = m.conv(x), Holder()
         holder.found, holder.itself = y, holder
+        for _ in range(2000):
+            holder = holding(next=holder)
         m.cache = {"list": [("y", y)], "dict": {"a": {"y": y}}, "object": holder}[place]
         return m.bn(y)
 

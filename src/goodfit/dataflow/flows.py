@@ -85,17 +85,22 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in leaves_in(value) if isinstance(leaf, Tensor))
 
 
-def leaves_in(value: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
-    """What nested values consist of. `seen`, which is held so that an identity stays its own, ends circles."""
-    seen = {} if seen is None else seen
-    inside = None if isinstance(value, _WHOLE) else _inside(value)
-    if inside is None:
-        yield value
-    elif id(value) not in seen:
-        if not isinstance(value, tuple):
-            seen[id(value)] = value
-        for one in inside:
-            yield from leaves_in(one, seen)
+def leaves_in(value: Any) -> Iterator[Any]:
+    """What nested values consist of, in order, circles and long chains of objects among them."""
+    seen: dict[int, Any] = {}  # held, so that an identity stays its own
+    open_ones = [iter((value,))]
+    while open_ones:
+        for one in open_ones[-1]:
+            inside = None if isinstance(one, _WHOLE) else _inside(one)
+            if inside is None:
+                yield one
+            elif id(one) not in seen:
+                if not isinstance(one, tuple):
+                    seen[id(one)] = one
+                open_ones.append(iter(inside))
+                break
+        else:
+            open_ones.pop()
 
 
 def _inside(value: Any) -> Iterable[Any] | None:
