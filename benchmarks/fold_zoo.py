@@ -29,7 +29,7 @@ from torch.fx.experimental.optimization import fuse
 from zoo import Build, as_double, vision_zoo
 
 import goodfit as gf
-from goodfit.batchnorms.affine import batch_norms
+from goodfit.folding.affine import batch_norms
 from goodfit.surgery.proof import answers, largest_error
 
 Case = tuple[nn.Module, Any, Any]  # model, example, fresh input

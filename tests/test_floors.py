@@ -16,7 +16,7 @@ FLOORS = [
     {"hyper", "noise", "rows", "where", "axes", "factors", "groups", "blocks", "tensors", "losses", "processes", "progress"},
     {"dataflow", "layers"},
     {"surgery"},
-    {"batchnorms", "sampling", "shrinking"},
+    {"batchnorms", "folding", "sampling", "shrinking"},
     {"phases", "rates"},
     {"regularizers"},
     {"cocktail"},

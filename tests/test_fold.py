@@ -614,7 +614,7 @@ def test_an_error_in_between_puts_every_bit_back(monkeypatch: pytest.MonkeyPatch
                 real(self, pairs)
                 raise KeyboardInterrupt
 
-            patch.setattr(f"goodfit.batchnorms.folding.{place}", late if place.endswith("apply") else stop)
+            patch.setattr(f"goodfit.folding.trials.{place}", late if place.endswith("apply") else stop)
             with pytest.raises(KeyboardInterrupt):
                 gf.fold_batchnorm(model, IMAGES)
         assert model[1] is norm

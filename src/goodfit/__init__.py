@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         where as where,
     )
     from goodfit.batchnorms.convert import Converted as Converted, convert_batchnorm as convert_batchnorm
-    from goodfit.batchnorms.fold import fold_batchnorm as fold_batchnorm
     from goodfit.batchnorms.freeze import freeze_batchnorm as freeze_batchnorm, thaw_batchnorm as thaw_batchnorm
     from goodfit.batchnorms.recalibrate import recalibrate as recalibrate
     from goodfit.batchnorms.variance_shift import VarianceShift as VarianceShift, variance_shift as variance_shift
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.explanation import Explanation as Explanation, explain as explain
     from goodfit.fitting import Fit as Fit, fit as fit
+    from goodfit.folding.fold import fold_batchnorm as fold_batchnorm
     from goodfit.paths.path import path as path
     from goodfit.paths.result import Path as Path
     from goodfit.regularizers.alpha_dropout import AlphaDropout as AlphaDropout
@@ -76,7 +76,7 @@ _NAMES = {
     "fit": "fitting",
     "freeze_batchnorm": "batchnorms.freeze",
     "merge_last": "small_batches",
-    "fold_batchnorm": "batchnorms.fold",
+    "fold_batchnorm": "folding.fold",
     "mc_dropout": "sampling.dropping",
     "mc_predict": "sampling.predict",
     "parse": "cocktail",

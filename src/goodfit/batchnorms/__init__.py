@@ -1,1 +1,1 @@
-"""What the batch norms of a model need: new statistics, to be held still, another kind of norm, and to go at the end."""
+"""What the batch norms of a model need: new statistics, to be held still, another kind of norm."""

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from goodfit.batchnorms.affine import batch_norms
-from goodfit.batchnorms.chains import pairs
-from goodfit.batchnorms.folded import Folded
-from goodfit.batchnorms.folding import Folding
-from goodfit.batchnorms.record import record
 from goodfit.batchnorms.resting import settle_biases
 from goodfit.errors import GoodfitError
+from goodfit.folding.affine import batch_norms
+from goodfit.folding.chains import pairs
+from goodfit.folding.folded import Folded
+from goodfit.folding.record import record
+from goodfit.folding.trials import Folding
 from goodfit.surgery.cost import milliseconds
 from goodfit.surgery.refusals import refuse_unfit
 

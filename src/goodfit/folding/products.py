@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.batchnorms.record import Operation, Record, span, storage
+from goodfit.folding.record import Operation, Record, span, storage
 from goodfit.surgery.insert import user_hooks
 from goodfit.surgery.proof import BOUNDS
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from goodfit.batchnorms.chains import Pair
-from goodfit.batchnorms.weights import fold_into
+from goodfit.folding.chains import Pair
+from goodfit.folding.weights import fold_into
 from goodfit.surgery.proof import answers, largest_error, mapped
 
 __all__ = ["MOST", "in_double", "rounding_alone"]

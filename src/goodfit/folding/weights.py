@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from goodfit.axes import oriented
-from goodfit.batchnorms.chains import Pair
+from goodfit.folding.chains import Pair
 from goodfit.surgery.insert import take_out
 
 __all__ = ["fold_into", "write"]

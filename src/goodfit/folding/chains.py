@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from goodfit.batchnorms.affine import Affine, affine, batch_norms
-from goodfit.batchnorms.products import Layer, layers, unique
-from goodfit.batchnorms.record import Record, storage
+from goodfit.folding.affine import Affine, affine, batch_norms
+from goodfit.folding.products import Layer, layers, unique
+from goodfit.folding.record import Record, storage
 
 __all__ = ["Pair", "pairs"]
 

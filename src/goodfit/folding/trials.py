@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from goodfit.batchnorms.chains import Pair
-from goodfit.batchnorms.rounding import MOST, in_double, rounding_alone
-from goodfit.batchnorms.weights import fold_into, write
+from goodfit.folding.chains import Pair
+from goodfit.folding.rounding import MOST, in_double, rounding_alone
+from goodfit.folding.weights import fold_into, write
 from goodfit.surgery.proof import Proof
 from goodfit.surgery.snapshot import Snapshot
 

@@ -1,0 +1,1 @@
+"""Batch norms go into the layers beside them."""
