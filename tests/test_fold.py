@@ -610,7 +610,7 @@ def test_an_error_in_between_puts_every_bit_back(monkeypatch: pytest.MonkeyPatch
             def stop(self: Any, *args: Any) -> None:
                 raise KeyboardInterrupt
 
-            def late(self: Any, pairs: Any, real: Any = gf.batchnorms.folding.Folding.apply) -> None:
+            def late(self: Any, pairs: Any, real: Any = gf.folding.trials.Folding.apply) -> None:
                 real(self, pairs)
                 raise KeyboardInterrupt
 
