@@ -35,20 +35,8 @@ from goodfit.surgery.proof import answers, largest_error
 
 Case = tuple[nn.Module, Any, Any]  # model, example, fresh input
 
-COLUMNS = [
-    "model",
-    "norms",
-    "folded",
-    "kept",
-    "status",
-    "error32",
-    "rounding",
-    "error64",
-    "torch",
-    "torch folded",
-    "torch error",
-]
-COLUMNS += ["behind", "latency", "seconds", "reason"]
+COLUMNS = ["model", "norms", "folded", "kept", "status", "error32", "rounding", "error64"]
+COLUMNS += ["torch", "torch folded", "torch error", "behind", "latency", "seconds", "reason"]
 
 
 def prepare(model: nn.Module) -> nn.Module:

@@ -160,7 +160,7 @@ def _task(vision: Any, name: str) -> tuple[nn.Module, Any, Any]:
 
 def _hf_vision(hf: Any, config_name: str, kind: str) -> tuple[nn.Module, Any, Any]:
     config = hf.CONFIG_MAPPING[config_name]()
-    for name, number in (("num_hidden_layers", 2), ("encoder_layers", 1), ("decoder_layers", 1)):
+    for name, number in (("num_hidden_layers", 2), ("encoder_layers", 2), ("decoder_layers", 2)):
         if isinstance(getattr(config, name, None), int) and not hasattr(config, "depths"):
             setattr(config, name, number)
     config.use_pretrained_backbone = False
