@@ -37,7 +37,7 @@ def lively(model: nn.Module) -> None:
     """Random statistics for batch norms, and random numbers where a model starts at zero (heads, layer scales)."""
     torch.manual_seed(0)
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     for parameter in model.parameters():
