@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from goodfit.dataflow.atoms import Slices, compact, varying
-from goodfit.dataflow.flows import INPUT, Call, Flow, Reader, Rectangle, tensors_in
+from goodfit.dataflow.flows import INPUT, Call, Flow, Reader, Rectangle, storage, tensors_in
 
 __all__ = ["Dependence", "plain_operations"]
 
@@ -52,7 +52,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in call.outputs:
             if id(tensor) not in self.flows:
                 self.put(tensor)
-        written = {id(f): f for t in call.outputs for f in self.by_storage.get(_storage(t), [])} if call.inplace else {}
+        written = {id(f): f for t in call.outputs for f in self.by_storage.get(storage(t), [])} if call.inplace else {}
         for tensor in [*call.outputs, *(f.tensor for f in written.values())]:
             self.makers.setdefault(id(tensor), []).append(len(self.events) - 1)
         return out
@@ -61,7 +61,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Remember a tensor, or know it anew after it was written."""
         taint = torch.zeros((1,) * tensor.ndim, dtype=torch.bool) if taint is None else taint
         flow = Flow(tensor, fed, taint, **known)
-        aliases = self.by_storage.setdefault(_storage(tensor), [])
+        aliases = self.by_storage.setdefault(storage(tensor), [])
         if id(tensor) in self.flows:
             for other in aliases:
                 other.stale, other.fed = True, other.fed or fed
@@ -76,7 +76,7 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flow = self.flows.get(id(tensor))
         if flow is None:
             name = self.leaves.get(id(tensor), "")
-            aliases = [] if name else self.by_storage.get(_storage(tensor), [])
+            aliases = [] if name else self.by_storage.get(storage(tensor), [])
             fed = any(f.fed for f in aliases)
             flow = self.put(tensor, fed, torch.full((1,) * tensor.ndim, fed), leaf=name)
             if name and tensor.is_floating_point():
@@ -161,10 +161,6 @@ class Dependence(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for held in (self.flows, self.by_storage, self.makers):
             held.clear()
         self.needs, self.events = [], []
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 @contextmanager

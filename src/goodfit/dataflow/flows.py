@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["INPUT", "Call", "Flow", "Reader", "Rectangle", "leaves_in", "tensors_in"]
+__all__ = ["INPUT", "Call", "Flow", "Reader", "Rectangle", "leaves_in", "storage", "tensors_in"]
 
 INPUT = "the input"
 
@@ -78,6 +78,11 @@ class Call:
         self.args = self.usual | given
         self.inputs = list(tensors_in(self.args.values()))
         self.outputs = list(tensors_in(out))
+
+
+def storage(tensor: Tensor) -> int:
+    """The memory that a tensor lies in."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from goodfit.dataflow.flows import storage
 from goodfit.folding.affine import Affine, affine, batch_norms
 from goodfit.folding.products import Layer, layers, unique
-from goodfit.folding.record import Record, storage
+from goodfit.folding.record import Record
 
 __all__ = ["Pair", "pairs"]
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.folding.record import Operation, Record, span, storage
+from goodfit.dataflow.flows import storage
+from goodfit.folding.record import Operation, Record, span
 from goodfit.surgery.insert import user_hooks
 from goodfit.surgery.proof import BOUNDS
 

@@ -12,16 +12,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goodfit.dataflow.flows import Call, tensors_in
+from goodfit.dataflow.flows import Call, storage, tensors_in
 from goodfit.surgery.insert import user_hooks
 from goodfit.surgery.running import call_model, must_run, quiet
 
-__all__ = ["Operation", "Record", "record", "span", "storage"]
+__all__ = ["Operation", "Record", "record", "span"]
 
 
 @dataclass(eq=False)
@@ -130,11 +129,6 @@ def _modules_noted(model: nn.Module, run: Record) -> Iterator[None]:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             hooks.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         yield
-
-
-def storage(tensor: Tensor) -> int:
-    """The memory that a tensor lies in."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
