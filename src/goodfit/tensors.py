@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_tensors", "tensors_of"]
+__all__ = ["load_tensors", "put", "tensors_of"]
 
 
 def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -24,3 +24,9 @@ def load_tensors(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mappi
     for name, tensor in {**weights, **buffers}.items():
         if now[name] is not tensor:
             now[name].copy_(tensor)
+
+
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Write into a tensor in place, also one that was made in inference mode."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)

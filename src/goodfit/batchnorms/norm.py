@@ -11,8 +11,9 @@ from torch import Tensor
 from goodfit.batchnorms.moments import Moments
 from goodfit.errors import GoodfitError
 from goodfit.processes import world
+from goodfit.tensors import put
 
-__all__ = ["Norm", "agree", "put"]
+__all__ = ["Norm", "agree"]
 
 
 class Norm:
@@ -84,9 +85,3 @@ def agree(
     for norm, row in zip(every, depends.tolist(), strict=True):
         norm.depends = frozenset(compress(every, row))
     return whole, {key for key, (_, _, ran) in zip(keys, rows, strict=True) if ran}, bool(some_cut)
-
-
-def put(tensor: Tensor, value: Tensor) -> None:
-    """Write into a tensor in place, also one that was made in inference mode."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(value)

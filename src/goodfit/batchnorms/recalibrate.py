@@ -17,12 +17,13 @@ from torch.nn.parameter import is_lazy
 from goodfit.batchnorms.batches import inputs
 from goodfit.batchnorms.compensate import affine_changes
 from goodfit.batchnorms.freeze import owns_statistics
-from goodfit.batchnorms.norm import Norm, put
+from goodfit.batchnorms.norm import Norm
 from goodfit.batchnorms.still import is_frozen
 from goodfit.batchnorms.watch import Watch
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.processes import world
 from goodfit.surgery.running import call_model, evaluating, must_run
+from goodfit.tensors import put
 
 __all__ = ["recalibrate", "to_recalibrate"]
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from goodfit.folding.chains import Pair
 from goodfit.folding.rounding import MOST, in_double, rounding_alone
-from goodfit.folding.weights import fold_into, write
+from goodfit.folding.weights import fold_into
 from goodfit.surgery.proof import Proof
 from goodfit.surgery.snapshot import Snapshot
+from goodfit.tensors import put
 
 __all__ = ["Folding"]
 
@@ -30,7 +31,7 @@ class Folding:
         """Put everything back, bit by bit."""
         self.start.restore()
         for parameter, before in self.weights.items():
-            write(parameter, before)
+            put(parameter, before)
 
     def apply(self, pairs: list[Pair]) -> None:
         """Fold these, into the model as it was at the start."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from goodfit.axes import oriented
 from goodfit.folding.chains import Pair
 from goodfit.surgery.insert import take_out
+from goodfit.tensors import put
 
-__all__ = ["fold_into", "write"]
+__all__ = ["fold_into"]
 
 
 def fold_into(model: nn.Module, pairs: Iterable[Pair]) -> None:
@@ -36,17 +37,11 @@ def _put(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     for name, value in (("weight", weight), ("bias", bias)):
         old, template = own[name], own["weight"]
         if old is not None:
-            write(old, value)
+            put(old, value)
         elif bool(value.any()) and template is not None:
             with torch.inference_mode(False):  # else it could not be trained
                 made = value.to(template.device, template.dtype, copy=True)
                 layer.register_parameter(name, nn.Parameter(made, requires_grad=template.requires_grad))
-
-
-def write(parameter: nn.Parameter, value: Tensor) -> None:
-    """Change a parameter in place."""
-    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-        parameter.copy_(value)
 
 
 def _numbers(layer: Any) -> tuple[Tensor, Tensor]:
