@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.surgery.running import call_model, must_run, quiet
+from goodfit.surgery.trace import function_name, version_of
 
-__all__ = ["Ancestry", "Value", "ancestry", "bits", "function_name"]
+__all__ = ["Ancestry", "Value", "ancestry", "bits"]
 
 _ADDITIONS = {"add", "iadd", "radd"}
 _LAYERS = {"addbmm", "addmm", "baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "mm", "rmatmul"}
@@ -84,12 +85,12 @@ class Ancestry(TorchFunctionMode):
     def value(self, t: Tensor) -> Value:
         """What is known of a tensor as it is now."""
         known = self._now.get(id(t))
-        if known is not None and known.version == _version(t):
+        if known is not None and known.version == version_of(t):
             return known
         return self._note(t, () if known is None else (known,))
 
     def _note(self, t: Tensor, parents: tuple[Value, ...]) -> Value:
-        made = Value(len(self.values), t, _version(t), live=any(p.live for p in parents))
+        made = Value(len(self.values), t, version_of(t), live=any(p.live for p in parents))
         # integers and masks carry no features
         made.parents = tuple(p for p in parents if _real(p.tensor)) if _real(t) else ()
         for p in made.parents:
@@ -103,7 +104,7 @@ class Ancestry(TorchFunctionMode):
         inputs = {id(v): v for v in map(self.value, tensors_in([*args, *kwargs.values()]))}.values()
         output = func(*args, **kwargs)
         name, old = function_name(func), {id(v.tensor): v.version for v in inputs}
-        changed = [t for t in tensors_in([output, *args, *kwargs.values()]) if old.get(id(t)) != _version(t)]
+        changed = [t for t in tensors_in([output, *args, *kwargs.values()]) if old.get(id(t)) != version_of(t)]
         made = [self._made(name, t, tuple(inputs)) for t in {id(t): t for t in changed}.values()]
         for value in inputs if made else ():
             value.uses += 1
@@ -175,17 +176,8 @@ def _leaving(run: Ancestry, name: str) -> Any:
     return hook
 
 
-def function_name(func: Any) -> str:
-    """The name of a torch function, whichever module defines it, without underscores of in-place and private ones."""
-    return str(getattr(func, "__name__", "?")).strip("_")
-
-
 def _real(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
 
 
 def bits(mask: int) -> Iterator[int]:

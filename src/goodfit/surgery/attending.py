@@ -18,10 +18,9 @@ from torch.overrides import TorchFunctionMode
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.layers.attention import AttentionRate
-from goodfit.surgery.ancestry import function_name
 from goodfit.surgery.droppers import settled
 from goodfit.surgery.running import call_model, must_run, quiet
-from goodfit.surgery.trace import rate_of, trains
+from goodfit.surgery.trace import function_name, rate_of, trains
 from goodfit.surgery.within import Around, Deciding, Mode, arounds, callers_in, put_around
 
 __all__ = ["Attending", "attending", "hang_rate"]

@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from goodfit.surgery.running import call_model, must_run, quiet
-from goodfit.surgery.trace import DROPPERS, rate_of, trains
+from goodfit.surgery.trace import DROPPERS, function_name, rate_of, trains
 from goodfit.surgery.within import Around, Deciding, Mode, arounds, callers_in, put_around
 
 __all__ = ["droppers", "set_rate", "settled"]
@@ -89,7 +89,7 @@ class _Watch(TorchFunctionMode):
         self.within.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, function = kwargs or {}, getattr(func, "__name__", "?").strip("_")
+        kwargs, function = kwargs or {}, function_name(func)
         if function in DROPPERS and rate_of(args, kwargs) > 0 and self.within:
             name, module = self.within[-1]
             if not _drops(module):
@@ -133,7 +133,7 @@ class _Rates(Mode):
         self.rates, self.kind = rates, kind
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, function = dict(kwargs or {}), getattr(func, "__name__", "?").strip("_")
+        kwargs, function = dict(kwargs or {}), function_name(func)
         mine = function in self.rates and _deciding.has(self) and not _settled.yes
         if mine and rate_of(args, kwargs) > 0:
             if trains(args, kwargs) and rate_of(args, kwargs) != self.rates[function]:

@@ -20,7 +20,7 @@ from goodfit.noise import Noisy
 from goodfit.surgery.running import call_model, must_run, quiet
 from goodfit.where import KERNELS, NORMS
 
-__all__ = ["DROPPERS", "Call", "flow", "rate_of", "trains"]
+__all__ = ["DROPPERS", "Call", "flow", "function_name", "rate_of", "trains", "version_of"]
 
 # names of torch functions, whichever module defines them, without the underscores of in-place and private ones
 _ACTIVATIONS = {"celu", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"}
@@ -137,7 +137,7 @@ class _Trace(TorchFunctionMode):
         return layer if kind else around if leaf else None
 
     def of(self, tensor: Tensor) -> _Origin:
-        known, version = self.origins.get(id(tensor)), _version(tensor)
+        known, version = self.origins.get(id(tensor)), version_of(tensor)
         if known is None:
             return _Origin(tensor, version)
         return known if known.version == version else _Origin(tensor, version, (), known.calls)
@@ -162,11 +162,11 @@ class _Trace(TorchFunctionMode):
         for one in _distinct(c for origin in origins for c in origin.calls):
             one.reaches.append(call)
         for t in outputs:
-            self.origins[id(t)] = _Origin(t, _version(t), (call,), (call,))
+            self.origins[id(t)] = _Origin(t, version_of(t), (call,), (call,))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name, inputs = getattr(func, "__name__", "?").strip("_"), [*args, *kwargs.values()]
+        name, inputs = function_name(func), [*args, *kwargs.values()]
         origins = [self.of(t) for t in tensors_in(inputs)]
         output = func(*args, **kwargs)
         if name in _ACTIVATIONS or name in _NORMALIZERS:
@@ -183,15 +183,21 @@ class _Trace(TorchFunctionMode):
             self.calls.append(Call("dropout", "", None, next(iter(inputs), None), output, name))
             for before in reached:
                 before.reaches.append(self.calls[-1])
-        untouched = {id(o.tensor) for o in origins if o.version == _version(o.tensor)}
+        untouched = {id(o.tensor) for o in origins if o.version == version_of(o.tensor)}
         changed = output if output is not None else inputs[:1]  # x[i] = y returns nothing
         for t in tensors_in(changed):
             if id(t) not in untouched:
-                self.origins[id(t)] = _Origin(t, _version(t), (), reached)
+                self.origins[id(t)] = _Origin(t, version_of(t), (), reached)
         return output
 
 
-def _version(tensor: Tensor) -> int:
+def function_name(func: Any) -> str:
+    """The name of a torch function, whichever module defines it, without underscores of in-place and private ones."""
+    return str(getattr(func, "__name__", "?")).strip("_")
+
+
+def version_of(tensor: Tensor) -> int:
+    """Which writing of a tensor this is; -1 where torch does not count."""
     return -1 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
