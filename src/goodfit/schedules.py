@@ -97,10 +97,24 @@ class Linear(_Lasting):
 
 
 @dataclass(frozen=True, repr=False)
-class Curriculum(_Lasting):
-    name: ClassVar[str] = "curriculum"
+class _Rate(_Lasting):
+    """A schedule between 0 and p."""
 
     p: float
+
+    @property
+    def numbers(self) -> list[str]:
+        return [repr(self.p)]
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        return (0.0, self.p)
+
+
+@dataclass(frozen=True, repr=False)
+class Curriculum(_Rate):
+    name: ClassVar[str] = "curriculum"
+
     gamma: float
 
     def __post_init__(self) -> None:
@@ -110,47 +124,23 @@ class Curriculum(_Lasting):
 
     @property
     def numbers(self) -> list[str]:
-        return [repr(self.p), f"gamma={self.gamma!r}"]
-
-    @property
-    def ends(self) -> tuple[float, ...]:
-        return (0.0, self.p)
+        return [*super().numbers, f"gamma={self.gamma!r}"]
 
     def value(self, share: float) -> float:
         return -self.p * math.expm1(-self.gamma * share)
 
 
 @dataclass(frozen=True, repr=False)
-class Early(_Lasting):
+class Early(_Rate):
     name: ClassVar[str] = "early"
-
-    p: float
-
-    @property
-    def numbers(self) -> list[str]:
-        return [repr(self.p)]
-
-    @property
-    def ends(self) -> tuple[float, ...]:
-        return (self.p, 0.0)
 
     def value(self, share: float) -> float:
         return self.p * max(1 - share, 0.0)
 
 
 @dataclass(frozen=True, repr=False)
-class Late(_Lasting):
+class Late(_Rate):
     name: ClassVar[str] = "late"
-
-    p: float
-
-    @property
-    def numbers(self) -> list[str]:
-        return [repr(self.p)]
-
-    @property
-    def ends(self) -> tuple[float, ...]:
-        return (0.0, self.p)
 
     def value(self, share: float) -> float:
         return self.p if share >= 1 else 0.0
