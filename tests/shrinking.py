@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import goodfit as gf
 from goodfit.surgery.proof import answers, largest_error
 from goodfit.surgery.running import call_model
-
-
-class Net(nn.Module):
-    """A model from named layers and a function that calls them."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = forward
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        return self.run(self, *args, **kwargs)
 
 
 def zero(layer: Any, *rows: int, axis: int = 0, bias: float = 0.0) -> Any:
@@ -33,15 +19,6 @@ def zero(layer: Any, *rows: int, axis: int = 0, bias: float = 0.0) -> Any:
     if layer.bias is not None:
         layer.bias.detach()[list(rows)] = bias
     return layer
-
-
-def settled(model: nn.Module) -> nn.Module:
-    """The model with batch norm statistics as after training."""
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._NormBase):
-            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
-            norm.weight.detach().uniform_(0.5, 2), norm.bias.detach().normal_()
-    return model
 
 
 def shrunk(model: nn.Module, example: Any, fresh: Any = None) -> Any:

@@ -19,23 +19,11 @@ from goodfit import DropConnect, GoodfitError, Run
 from goodfit.layers.connect import SeededDropConnect
 from goodfit.noise import Clock, Noise
 from goodfit.where import named
+from nets import Net
 
 X = torch.randn(6, 3, dtype=torch.float64)
 SERIES = torch.randn(4, 5, 3, dtype=torch.float64)
 HIDDEN = named("*.weight_hh_l*")
-
-
-class Net(nn.Module):
-    """A model from named layers and a function that calls them."""
-
-    def __init__(self, run: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = run
-
-    def forward(self, x: Any) -> Any:
-        return self.run(self, x)
 
 
 def last(m: Any, x: Tensor) -> Tensor:

@@ -20,21 +20,9 @@ from goodfit.layers.path import SeededDropPath
 from goodfit.noise import Clock, Noise
 from goodfit.surgery.residuals import residuals
 from goodfit.where import named
+from nets import Net
 
 IMAGES, TOKENS, ROWS = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 6, 6), (3, 5, 8), (4, 8)))
-
-
-class Net(nn.Module):
-    """A model from named layers and a function that calls them."""
-
-    def __init__(self, run: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = run
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self, *args, **kwargs)
 
 
 class Bottleneck(nn.Module):

@@ -40,6 +40,7 @@ from goodfit.noise import Clock
 from goodfit.regularizers.shapes import shares
 from goodfit.schedules import curriculum, early, late, linear
 from goodfit.where import biases, everything, kernels, named
+from nets import Net
 
 X = torch.randn(4, 6, dtype=torch.float64)
 MAPS = torch.randn(2, 3, 8, 9, dtype=torch.float64)
@@ -58,19 +59,6 @@ LAYERS: dict[str, tuple[Callable[[], SeededLayer], Tensor]] = {
     "block 3d": (lambda: SeededDropBlock(p=0.4, size=2, ndim=5), MAPS[..., None].expand(-1, -1, -1, -1, 4)),
 }
 each_layer = pytest.mark.parametrize("kind", LAYERS)
-
-
-class Net(nn.Module):
-    """A model from named layers and a function that calls them."""
-
-    def __init__(self, run: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = run
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        return self.run(self, *args, **kwargs)
 
 
 def mlp(*between: nn.Module, depth: int = 2) -> nn.Sequential:

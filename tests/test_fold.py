@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm as parame
 import goodfit as gf
 from goodfit import GoodfitError
 from goodfit.surgery.proof import answers, largest_error
-from shrinking import Net, settled
+from nets import Net, settled
 
 SHAPES = ((5, 4), (3, 4, 9), (2, 4, 8, 8), (2, 4, 5, 6, 7))
 ROWS, LINES, IMAGES, VOLUMES = (torch.randn(shape, dtype=torch.float64) for shape in SHAPES)

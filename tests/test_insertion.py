@@ -21,24 +21,12 @@ from goodfit.data import mapped
 from goodfit.layers.dropout import SeededDropout
 from goodfit.noise import Clock
 from goodfit.surgery.running import call_model
+from nets import Net
 
 ROWS, SERIES, IMAGES = torch.randn(4, 6), torch.randn(4, 5, 6), torch.randn(2, 3, 8, 8)
 
 EVERY = [Dropout(0.5), BatchNorm(), gf.ChannelDropout(), gf.AlphaDropout(), gf.GaussianDropout(), gf.DropBlock()]
 EVERY += [gf.InputDropout()]
-
-
-class Net(nn.Module):
-    """A model from named layers and a function that calls them."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = forward
-
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        return self.run(self, *args, **kwargs)
 
 
 class NormAct(nn.BatchNorm2d):

@@ -23,23 +23,11 @@ from goodfit import GoodfitError, GoodfitWarning, mc_dropout, mc_predict
 from goodfit.layers.dropout import SeededLayer
 from goodfit.regularizers.dropout import SeededDropout
 from goodfit.sampling.prediction import of_classes
+from nets import Net
 
 ROWS = torch.randn(4, 8, dtype=torch.float64)
 SERIES = torch.randn(4, 5, 8, dtype=torch.float64)
 IMAGES = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-
-
-class Net(nn.Module):
-    """A model from named layers and a function that calls them."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self, *args, **kwargs)
 
 
 class InTraining(nn.Module):

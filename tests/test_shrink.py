@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from goodfit import GoodfitError
-from shrinking import IMAGES, ROWS, Net, removed, settled, shrunk, zero
+from nets import Net, settled
+from shrinking import IMAGES, ROWS, removed, shrunk, zero
 
 
 def test_units_of_a_perceptron() -> None:

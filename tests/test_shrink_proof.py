@@ -17,7 +17,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import goodfit as gf
 from goodfit import GoodfitError
 from goodfit.surgery.proof import largest_error, shuffled
-from shrinking import ROWS, Net, removed, shrunk, zero
+from nets import Net
+from shrinking import ROWS, removed, shrunk, zero
 
 
 def test_nothing_zero_is_no_error() -> None:
