@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import goodfit as gf
 from goodfit import EarlyStopping, GoodfitError, Run, recalibrate
+from nets import Net
+from together import in_two_processes
 from toys import Mean
 
 
@@ -45,19 +47,6 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(self.a(x), self.m, self.v, training=self.training, momentum=0.0)
-
-
-class Calls(nn.Module):
-    """Layers by name, and what calls them."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self, *args, **kwargs)
 
 
 def conv_net() -> nn.Module:
@@ -172,7 +161,7 @@ def test_a_norm_called_on_two_values_has_the_statistics_of_both() -> None:
 
     layers = {"a": nn.Linear(5, 3), "b": nn.Linear(5, 3)}
     norms = {name: nn.BatchNorm1d(3) for name in ("norm", "first", "after")}
-    model, x = Calls(forward, **layers, **norms), torch.randn(30, 5)
+    model, x = Net(forward, **layers, **norms), torch.randn(30, 5)
     recalibrate(model, list(x.split(11)))
     got = torch.cat([model.a(x), model.eval().first(model.b(x))])
     torch.testing.assert_close(model.norm.running_mean, got.mean(0))
@@ -182,7 +171,7 @@ def test_a_norm_called_on_two_values_has_the_statistics_of_both() -> None:
 
 
 def test_a_norm_called_on_its_own_output_sees_it_as_training_did() -> None:
-    model, x = Calls(lambda m, x: m.norm(m.a(m.norm(x))), a=nn.Linear(3, 3), norm=nn.BatchNorm1d(3)), torch.randn(9, 3) + 4
+    model, x = Net(lambda m, x: m.norm(m.a(m.norm(x))), a=nn.Linear(3, 3), norm=nn.BatchNorm1d(3)), torch.randn(9, 3) + 4
     recalibrate(model, [x])
     second = model.a((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt())
     torch.testing.assert_close(model.norm.running_mean, (x.mean(0) + second.mean(0)) / 2)
@@ -194,7 +183,7 @@ def test_norms_called_in_turns_come_to_an_end() -> None:
             x = m.two(m.a(m.one(x)))
         return x
 
-    model = Calls(forward, a=nn.Linear(3, 3), one=nn.BatchNorm1d(3), two=nn.BatchNorm1d(3))
+    model = Net(forward, a=nn.Linear(3, 3), one=nn.BatchNorm1d(3), two=nn.BatchNorm1d(3))
     assert recalibrate(model, [torch.randn(8, 3), torch.randn(4, 3)]).keys() == {"one", "two"}
 
 
@@ -218,7 +207,7 @@ def test_what_python_reads_counts_as_a_dependence() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.two(x * m.one(x).amax().item())
 
-    model, x = Calls(forward, one=nn.BatchNorm1d(3), two=nn.BatchNorm1d(3)), 9 * torch.randn(8, 3)
+    model, x = Net(forward, one=nn.BatchNorm1d(3), two=nn.BatchNorm1d(3)), 9 * torch.randn(8, 3)
     recalibrate(model, [x[:6], x[6:]])
     got = torch.cat([part * model.eval().one(part).amax() for part in (x[:6], x[6:])])
     torch.testing.assert_close(model.two.running_mean, got.mean(0))
@@ -253,7 +242,7 @@ def test_norms_that_some_batches_do_not_call_are_exact_in_whatever_order(first: 
 
 def test_heads_of_their_own_for_each_task_are_exact() -> None:
     heads = {"one": nn.BatchNorm1d(3), "two": nn.Sequential(nn.BatchNorm1d(3), nn.Tanh(), nn.BatchNorm1d(3))}
-    model = Calls(
+    model = Net(
         lambda m, x, head: m.get_submodule(head)(m.body(x)), body=nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), **heads
     )
     x = torch.randn(30, 5)
@@ -294,13 +283,13 @@ def test_what_numpy_reads_counts_as_a_dependence(read: str) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.two(x * torch.tensor(np.tanh(READ[read](m.one(x).detach()))))
 
-    model, x = Calls(forward, one=nn.BatchNorm1d(3), two=nn.BatchNorm1d(3)), 9 * torch.randn(8, 3)
+    model, x = Net(forward, one=nn.BatchNorm1d(3), two=nn.BatchNorm1d(3)), 9 * torch.randn(8, 3)
     recalibrate(model, [x[:6], x[6:]])
     torch.testing.assert_close(model.two.running_mean, (x * model.eval().one(x).tanh()).mean(0))
 
 
 def test_norms_inside_a_transform_are_refused() -> None:
-    model = Calls(
+    model = Net(
         lambda m, x: torch.func.vmap(m.norm)(m.first(x).unflatten(0, (2, -1))), first=nn.BatchNorm1d(3), norm=nn.BatchNorm1d(3)
     )
     before = state(model)
@@ -323,7 +312,7 @@ def test_a_norm_that_later_batches_call_more_often_sees_all_its_calls() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.after(sum(m.norm(x[:, t]) for t in range(x.shape[1])))
 
-    model = Calls(forward, norm=nn.BatchNorm1d(3), after=nn.BatchNorm1d(3))
+    model = Net(forward, norm=nn.BatchNorm1d(3), after=nn.BatchNorm1d(3))
     short, long = torch.randn(4, 2, 3), torch.randn(4, 5, 3) + 9
     recalibrate(model, [short, long])
     torch.testing.assert_close(model.norm.running_mean, torch.cat([short.flatten(0, 1), long.flatten(0, 1)]).mean(0))
@@ -355,7 +344,7 @@ def test_what_loaders_give() -> None:
         torch.testing.assert_close(
             model.state_dict(), wanted.state_dict() | {n: t for n, t in model.state_dict().items() if "num" in n}
         )
-    keyed = Calls(lambda m, features, **_: m.net(features), net=mlp())
+    keyed = Net(lambda m, features, **_: m.net(features), net=mlp())
     keyed.net.load_state_dict(start)
     recalibrate(keyed, [{"features": x, "labels": y}])
     assert same(keyed.net.state_dict(), wanted.state_dict())
@@ -428,7 +417,7 @@ def test_scripted_and_lazy_models_and_statistics_elsewhere_are_refused() -> None
         recalibrate(torch.jit.script(mlp()), [torch.randn(4, 5)])
     with pytest.raises(GoodfitError, match=r"0\.weight is lazy: run the model on a batch once"):
         recalibrate(nn.Sequential(nn.LazyBatchNorm1d()), [torch.randn(4, 5)])
-    halved = Calls(lambda m, x: F.batch_norm(x, m.norm.running_mean / 2, m.norm.running_var), norm=nn.BatchNorm1d(5))
+    halved = Net(lambda m, x: F.batch_norm(x, m.norm.running_mean / 2, m.norm.running_var), norm=nn.BatchNorm1d(5))
     with pytest.raises(GoodfitError, match="register them as buffers"):
         recalibrate(halved, [torch.randn(4, 5)])
 
@@ -440,7 +429,7 @@ def test_frozen_untracked_and_instance_norms_stay_and_what_does_not_run_is_told(
     before = state(model)
     assert recalibrate(model, [torch.randn(10, 5)]) == {}
     assert same(before, state(model))
-    aside = Calls(lambda m, x: m.a(x), a=nn.BatchNorm1d(5), unused=nn.BatchNorm1d(5))
+    aside = Net(lambda m, x: m.a(x), a=nn.BatchNorm1d(5), unused=nn.BatchNorm1d(5))
     with pytest.warns(gf.GoodfitWarning, match="recalibrate leaves unused as it is"):
         recalibrate(aside, [torch.randn(10, 5)])
 
@@ -471,8 +460,7 @@ def test_channels_last() -> None:
     torch.testing.assert_close(model.eval()(x), as_one_batch(model, x))
 
 
-def _one_of_two(rank: int, address: str, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+def _one_of_two(rank: int, folder: str) -> None:
     model = mlp().double()
     model.load_state_dict(torch.load(f"{folder}/model"))
     x = torch.load(f"{folder}/x")
@@ -493,7 +481,7 @@ def test_two_processes_with_a_share_each_get_the_statistics_of_the_whole(tmp_pat
     routed, rows = Routed(), torch.randn(30, 4) + 3
     torch.save(routed.state_dict(), tmp_path / "routed")
     torch.save(rows, tmp_path / "rows")
-    multiprocessing.spawn(_one_of_two, (str(tmp_path / "address"), str(tmp_path)), nprocs=2)
+    in_two_processes(_one_of_two, tmp_path)
     recalibrate(model, [x])
     for rank in range(2):
         for name, t in torch.load(tmp_path / str(rank)).items():

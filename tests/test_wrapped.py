@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from goodfit import L1, L2, Cocktail, Dropout, GoodfitError, Run, WeightDecay
+from together import in_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed", "ignore::FutureWarning")
 SEEN = torch.linspace(-1, 1, 32, dtype=torch.float64).view(8, 4)
@@ -35,11 +35,6 @@ def train(cocktail: Cocktail, x: torch.Tensor, ddp: bool) -> dict[str, torch.Ten
 
 
 def process(rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mine = SEEN[rank::2]
     found = {"plain": train(Cocktail(L2(0.01), L1(0.02), WeightDecay(0.1)), mine, ddp=True)}
     found["noisy"] = train(Cocktail(Dropout(0.5)), mine, ddp=True)
@@ -48,11 +43,10 @@ def process(rank: int, folder: str) -> None:
     except GoodfitError as refused:
         found["refused"] = str(refused)
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one_and_stay_equal_under_noise(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    in_two_processes(process, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = train(Cocktail(L2(0.01), L1(0.02), WeightDecay(0.1)), SEEN, ddp=False)
     for name, weight in alone.items():
