@@ -53,6 +53,8 @@ class Hyper:
         """The valid interval as an error message says it."""
         lower, upper = (end.strip() for end in self.valid[1:-1].split(","))
         kind = "an integer " if self.integer else ""
+        if (lower, upper) == ("-inf", "inf"):
+            return "a finite number"
         if upper == "inf":
             closed = " (or inf)" if self.integer and self.valid[-1] == "]" else ""
             return f"{kind}{'>=' if self.valid[0] == '[' else '>'} {lower}{closed}"

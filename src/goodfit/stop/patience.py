@@ -77,8 +77,8 @@ class Patience(Criterion):
         length = f"{waited:g} {unit if waited != 1 else unit.removesuffix('s')}"
         if not state["anchor"].isfinite():
             return f"no finite score in {length}"
-        margins = {self.min_delta: "{:g}", self.rel_delta: "{:g} of itself", self.stderrs: "{:g} standard errors"}
-        shown = " and ".join(text.format(number) for number, text in margins.items() if number)
+        margins = ((self.min_delta, ""), (self.rel_delta, " of itself"), (self.stderrs, " standard errors"))
+        shown = " and ".join(f"{number:g}{what}" for number, what in margins if number)
         return f"no improvement{f' by more than {shown}' if shown else ''} in {length}"
 
     def _tolerated(self, state: State) -> Tensor:

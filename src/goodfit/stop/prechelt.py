@@ -59,9 +59,10 @@ class PQ(Criterion):
         the training losses of the strip. P = 0, a training loss that stands still: stop iff GL > 0. min = 0 below a mean
         above it: P is infinite, go on.
     Needs: the training loss, as a mean since the check before. It must be lower for better, whatever the score is.
-    Numbers: alpha, per cent over per mille, > 0, 0.5 to 3 in the paper; k, checks in a strip, an integer >= 1.
-    Errors: numbers outside their range; a missing training loss. No decision before the first strip is complete, at a score
-        that is nan or infinite, or after a strip without a finite training loss; others that are not finite are left out.
+    Numbers: alpha, per cent over per mille, > 0, 0.5 to 3 in the paper; k, checks in a strip, an integer >= 2.
+    Errors: numbers outside their range; a missing training loss. Training losses that are nan or infinite are left out. No
+        decision before the first strip is complete, at a score that is nan or infinite, or with fewer than two finite
+        training losses in the strip.
     Source: Prechelt 1998, Early stopping, but when?
 
     >>> from goodfit import EarlyStopping
@@ -73,7 +74,7 @@ class PQ(Criterion):
     kind: ClassVar[Reason] = Reason.PROGRESS
 
     alpha: float = hyper(1.0, valid="(0, inf)", low=0.1, high=5.0, log=True, fixed=True)
-    k: int = hyper(5, valid="[1, inf)", low=3, high=10, unit="checks", fixed=True)
+    k: int = hyper(5, valid="[2, inf)", low=3, high=10, unit="checks", fixed=True)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -93,7 +94,7 @@ class PQ(Criterion):
         low = torch.where(known, strip, math.inf).min()
         spread = torch.where(known, strip - low, 0.0).sum() / known.sum()
         progress = torch.where(spread == 0, 0.0, 1000 * spread / low.abs())
-        stop = (checks % self.k == 0) & report.score.isfinite() & known.any() & (loss > self.alpha * progress)
+        stop = (checks % self.k == 0) & report.score.isfinite() & (known.sum() > 1) & (loss > self.alpha * progress)
         return stop, {"best": best, "loss": loss, "progress": progress, "strip": strip, "checks": checks}
 
     def reason(self, state: State, sign: float = 1.0, unit: str = "checks") -> str:

@@ -58,13 +58,17 @@ class Smoothed(Criterion):
         return {"past": past, "mean": zero, "share": zero.clone(), **under("of.", self.criterion.init())}
 
     def check(self, report: Report, state: State) -> tuple[Tensor, State]:
+        return self.hear(report, state, torch.tensor(True))
+
+    def hear(self, report: Report, state: State, counts: Tensor) -> tuple[Tensor, State]:
         v = report.score
-        known = v.isfinite()
+        known = v.isfinite() & counts
         past = torch.where(known, torch.cat([state["past"][1:], v.reshape(1)]), state["past"])
         mean = torch.where(known, self.ema * state["mean"] + (1 - self.ema) * v, state["mean"])
         share = torch.where(known, self.ema * state["share"] + (1 - self.ema), state["share"])
         smooth = _median(past) if self.median > 1 else mean / share
-        stop, inner = self.criterion.check(replace(report, score=torch.where(known, smooth, v)), below("of.", state))
+        heard = replace(report, score=torch.where(known, smooth, v))
+        stop, inner = self.criterion.hear(heard, below("of.", state), counts)
         return stop, {"past": past, "mean": mean, "share": share, **under("of.", inner)}
 
     def reason(self, state: State, sign: float = 1.0, unit: str = "checks") -> str:
