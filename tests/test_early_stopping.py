@@ -199,7 +199,7 @@ def test_a_new_patience_acts_on_an_old_state() -> None:
         ),
         (EarlyStopping(1, rel_delta=0.5), [1.0, 0.75], "no improvement by more than 0.5 of itself in 1 check: best 0.75"),
         (EarlyStopping(1, mode="max"), [0.5, 0.25], "no improvement in 1 check: best 0.5 at check 1, 0.25 at check 2"),
-        (EarlyStopping(2), [NAN, NAN], "no finite score in 2 checks: nan at the last"),
+        (EarlyStopping(2), [NAN, NAN], "no finite score in 2 checks: nan at check 2"),
     ],
 )
 def test_it_says_why_it_stopped(stopping: EarlyStopping, scores: list[float], reason: str) -> None:

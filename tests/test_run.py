@@ -371,7 +371,7 @@ def test_a_resumed_run_draws_the_masks_of_the_whole_one() -> None:
 
 def test_a_state_goes_back_only_where_it_came_from() -> None:
     saved = start(gf.EarlyStopping(3), gf.L2(0.1))[0].state_dict()
-    with pytest.raises(gf.GoodfitError, match=r"another cocktail or model: '0\.EarlyStopping\.anchor'"):
+    with pytest.raises(gf.GoodfitError, match=r"another cocktail or model: '0\.EarlyStopping\.best'"):
         start(gf.L2(0.1))[0].load_state_dict(saved)
     with pytest.raises(gf.GoodfitError, match="saved under another seed: make the run with seed=4"):
         start(gf.EarlyStopping(3), gf.L2(0.1), seed=5)[0].load_state_dict(saved)

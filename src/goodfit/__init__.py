@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         hyper as hyper,
         phases as phases,
         schedules as schedules,
+        stop as stop,
         surgery as surgery,
         where as where,
     )
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("convert", "factors", "groups", "hyper", "phases", "schedules", "surgery", "where")
+_MODULES = ("convert", "factors", "groups", "hyper", "phases", "schedules", "stop", "surgery", "where")
 _NAMES = {
     "Cocktail": "cocktail",
     "Converted": "batchnorms.convert",

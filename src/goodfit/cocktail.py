@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from goodfit import factors, groups, schedules, where
+from goodfit import factors, groups, schedules, stop, where
 from goodfit.errors import GoodfitError, nearest
 from goodfit.phases import Regularizer, phases_of
 from goodfit.regularizers import catalogue
@@ -35,6 +35,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "custom": groups.custom,
     "adaptive": factors.adaptive,
     "given": factors.given,
+    **{kind.__name__: kind for kind in stop.CRITERIA},
 }
 _NUMBERS = {"inf": math.inf}
 
@@ -158,19 +159,23 @@ def _value(node: ast.expr) -> Any:
         case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
             return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key is not None}
         case ast.UnaryOp(op=ast.Invert(), operand=inner):
-            return ~_selector(inner)
-        case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
-            return _selector(left) & _selector(right)
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _selector(left) | _selector(right)
+            return ~_operands(where.Where, inner)[0]
+        case ast.BinOp(left=left, op=ast.BitAnd() | ast.BitOr() as op, right=right):
+            one, other = _operands(where.Where | stop.Criterion, left, right)
+            return one & other if isinstance(op, ast.BitAnd) else one | other
         case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
             return _call(node, name, _CALLS[name])
     hint = nearest(_name(node), [*_NUMBERS, *_VALUES, *_CALLS])
-    raise GoodfitError(f"A cocktail holds numbers, schedules, selectors, groups and factors, got {ast.unparse(node)!r}; {hint}")
+    kinds = "numbers, schedules, selectors, groups, factors and criteria"
+    raise GoodfitError(f"A cocktail holds {kinds}, got {ast.unparse(node)!r}; {hint}")
 
 
-def _selector(node: ast.expr) -> where.Where:
-    value = _value(node)
-    if not isinstance(value, where.Where):
-        raise GoodfitError(f"& | ~ combine selectors such as kernels, got {ast.unparse(node)!r}.")
-    return value
+def _operands(kind: Any, *nodes: ast.expr) -> list[Any]:
+    """The values that an operator joins, all of one kind."""
+    values = [_value(node) for node in nodes]
+    for node, value in zip(nodes, values, strict=True):
+        if not isinstance(value, kind) or isinstance(value, where.Where) != isinstance(values[0], where.Where):
+            raise GoodfitError(
+                f"& | ~ combine selectors such as kernels, and & | criteria such as Patience(10), got {ast.unparse(node)!r}."
+            )
+    return values

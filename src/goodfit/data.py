@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from goodfit.errors import GoodfitError
 from goodfit.noise import Noise
+from goodfit.rows import mapped, to_device
 
 __all__ = ["Batches", "Order", "batches_of", "mapped", "peek", "to_device"]
 
@@ -99,26 +100,6 @@ def peek(batches: Any) -> Any:
     if isinstance(order, Order):
         order.epoch = epoch
     return first
-
-
-def to_device(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    """An (x, y) batch on a device; refuses another shape of batch."""
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        shown = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list | dict) else type(batch).__name__
-        raise GoodfitError(f"A batch must be a pair (x, y), got a {shown}.")
-    if not isinstance(batch[1], Tensor):
-        raise GoodfitError(
-            f"The y of a batch must be a tensor, got a {type(batch[1]).__name__}; return (x, y) from the dataset."
-        )
-    x = tuple(batch[0]) if isinstance(batch[0], list) else batch[0]
-    return mapped(x, lambda t: t.to(device, non_blocking=True)), batch[1].to(device, non_blocking=True)
-
-
-def mapped(x: Any, f: Callable[[Any], Any]) -> Any:
-    """Apply `f` to each tensor of a nested dict or tuple."""
-    if isinstance(x, dict):
-        return {k: mapped(v, f) for k, v in x.items()}
-    return tuple(mapped(v, f) for v in x) if isinstance(x, tuple) else f(x)
 
 
 def _taken(index: Tensor, t: Tensor) -> Tensor:

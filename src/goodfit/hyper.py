@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 from goodfit.errors import GoodfitError
 from goodfit.schedules import Schedule
 
-__all__ = ["Hyper", "hyper", "hypers", "lifted", "validate"]
+__all__ = ["Hyper", "hyper", "hypers", "lifted", "plain", "validate"]
 
 S = TypeVar("S")
 
@@ -22,6 +22,7 @@ class Hyper:
     valid is the interval of allowed values, in mathematical notation: "[0, 1)". low and high bound the values worth
     searching, log says that they are searched on a logarithmic scale. off is the value at which the regularizer is the
     identity, None for a number that does not switch. fixed marks structure: a number that no schedule may change.
+    required marks a number without a usual value, and instead a class whose values may stand in the number's place.
     """
 
     default: float
@@ -32,6 +33,8 @@ class Hyper:
     log: bool = False
     unit: str = ""
     fixed: bool = False
+    required: bool = False
+    instead: type | None = None
 
     @property
     def integer(self) -> bool:
@@ -50,6 +53,8 @@ class Hyper:
         """The valid interval as an error message says it."""
         lower, upper = (end.strip() for end in self.valid[1:-1].split(","))
         kind = "an integer " if self.integer else ""
+        if (lower, upper) == ("-inf", "inf"):
+            return "a finite number"
         if upper == "inf":
             closed = " (or inf)" if self.integer and self.valid[-1] == "]" else ""
             return f"{kind}{'>=' if self.valid[0] == '[' else '>'} {lower}{closed}"
@@ -66,9 +71,12 @@ def hyper(
     log: bool = False,
     unit: str = "",
     fixed: bool = False,
+    required: bool = False,
+    instead: type | None = None,
 ) -> Any:
     """Declare a number of a regularizer: a dataclass field that carries a `Hyper`."""
-    return field(default=default, metadata={"hyper": Hyper(default, valid, low, high, off, log, unit, fixed)})
+    known = Hyper(default, valid, low, high, off, log, unit, fixed, required, instead)
+    return field(default=MISSING if required else default, metadata={"hyper": known})
 
 
 def hypers(spec: Any) -> Iterator[tuple[str, Hyper]]:
@@ -85,22 +93,25 @@ def validate(spec: Any) -> None:
     """
     kind = type(spec).__name__
     for name, known in hypers(spec):
-        value = _plain(getattr(spec, name))
+        value = plain(getattr(spec, name))
         object.__setattr__(spec, name, value)
+        if known.instead is not None and isinstance(value, known.instead):
+            continue
         where = f"{kind}.{name} must be {known.rule}, got {name}={value!r}"
         if isinstance(value, Schedule):
             if known.fixed:
-                raise GoodfitError(f"{kind}.{name} is part of the model's structure: give a number, not {value!r}.")
+                raise GoodfitError(f"{kind}.{name} is fixed before training starts: give a number, not {value!r}.")
             values = value.ends
         elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise GoodfitError(f"{where} ({type(value).__name__}).")
+            other = f", or a {known.instead.__name__}" if known.instead is not None else ""
+            raise GoodfitError(f"{where} ({type(value).__name__}){other}.")
         else:
             values = (value,)
         if not all(known.admits(v) for v in values):
             raise GoodfitError(f"{where}.")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A number of NumPy, or a tensor of one number, as Python's own, so that a text of it reads back."""
     item = getattr(value, "item", None)
     return item() if callable(item) and getattr(value, "ndim", None) == 0 else value

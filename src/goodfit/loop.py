@@ -44,7 +44,7 @@ def train_epochs(
             score = evaluate(run.model, validation, measure)
             go_on = run.epoch(score, train_loss=train_loss)
             best = min(best, score) if math.isfinite(score) else best
-            left = [one.patience_left(state) for one, state in run.states(EarlyStopping)]
+            left = [n for one, state in run.states(EarlyStopping) if (n := one.patience_left(state)) is not None]
             row = {"epoch": epoch, "train_loss": train_loss, "valid_loss": score, "penalty": run.penalty(), "best": best}
             history.append(row | {"patience_left": min(left, default=None), "seconds": time.perf_counter() - started})
             bar.tell(history[-1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from goodfit.errors import GoodfitError
+from goodfit.hyper import plain
 
 __all__ = ["loss_of", "score_of", "task_of"]
 
@@ -64,12 +67,10 @@ def _refuse_others(outputs: Any) -> None:
 _LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {"classes": _cross_entropy, "numbers": _squared_error}
 
 
-def score_of(value: float | Tensor) -> Tensor:
-    """A score as a tensor of one number."""
-    try:
-        number = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError):
-        number = torch.empty(0)
-    if number.numel() != 1:
-        raise GoodfitError(f"A score must be one number, got {value!r}.")
-    return number.reshape(())
+def score_of(value: Any) -> Tensor:
+    """A score as a tensor of one number: from Python, NumPy or torch, no bool and no list."""
+    number = value if isinstance(value, Tensor) and value.is_meta else plain(value)
+    if type(number) is not bool and isinstance(number, Real):
+        with suppress(OverflowError):  # an integer beyond all floats
+            return torch.tensor(float(number), dtype=torch.float64)
+    raise GoodfitError(f"A score must be one number, got {value!r:.80} ({type(value).__name__}).")

@@ -44,11 +44,19 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Report:
-    """What validation said of one epoch. score: lower is better unless a regularizer says mode="max"."""
+    """What is known at one check, each a tensor of one number, None where nobody told.
+
+    score: of the validation; lower is better unless a regularizer says mode="max". train_loss: since the check before.
+    stderr: the standard error of the score. evidence: `gf.stop.evidence`. step: completed optimizer steps. seconds: of
+    training so far.
+    """
 
     score: Tensor
     train_loss: Tensor | None = None
     stderr: Tensor | None = None
+    evidence: Tensor | None = None
+    step: Tensor | None = None
+    seconds: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["joined", "rows_of"]
+__all__ = ["joined", "mapped", "rows_of", "to_device"]
 
 
 def rows_of(batch: Any) -> int | None:
@@ -45,3 +45,23 @@ def joined(parts: Sequence[Any]) -> Any:
         return first  # of the batch, not of a row
     shown = " and ".join(sorted(kind.__name__ for kind in kinds))
     raise GoodfitError(f"Rows can be joined in tensors, tuples, lists and dicts of them, got {shown}.")
+
+
+def to_device(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    """An (x, y) batch on a device; refuses another shape of batch."""
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        shown = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list | dict) else type(batch).__name__
+        raise GoodfitError(f"A batch must be a pair (x, y), got a {shown}.")
+    if not isinstance(batch[1], Tensor):
+        raise GoodfitError(
+            f"The y of a batch must be a tensor, got a {type(batch[1]).__name__}; return (x, y) from the dataset."
+        )
+    x = tuple(batch[0]) if isinstance(batch[0], list) else batch[0]
+    return mapped(x, lambda t: t.to(device, non_blocking=True)), batch[1].to(device, non_blocking=True)
+
+
+def mapped(x: Any, f: Callable[[Any], Any]) -> Any:
+    """Apply `f` to each tensor of a nested dict or tuple."""
+    if isinstance(x, dict):
+        return {k: mapped(v, f) for k, v in x.items()}
+    return tuple(mapped(v, f) for v in x) if isinstance(x, tuple) else f(x)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_tensors", "put", "tensors_of"]
+__all__ = ["load_tensors", "put", "tensors_of", "truth"]
 
 
 def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -30,3 +30,10 @@ def put(tensor: Tensor, value: Tensor) -> None:
     """Write into a tensor in place, also one that was made in inference mode."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(value)
+
+
+def truth(flag: Tensor) -> bool | None:
+    """Whether a flag holds, None where it stands for many members at once."""
+    if flag.ndim or torch._C._functorch.is_functorch_wrapped_tensor(flag):
+        return None
+    return bool(flag)

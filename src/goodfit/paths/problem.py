@@ -122,6 +122,12 @@ def along(cocktail: Any, over: Regularizer) -> tuple[Cocktail, EarlyStopping]:
     stops = list(mix.of(EarlyStopping))
     if any(one.mode == "max" for one in stops):
         raise GoodfitError("A path scores by the validation loss, where lower is better; leave EarlyStopping's mode out.")
+    for one in stops:
+        unknown = [name for name in one.criterion.needs if name != "seconds"]
+        if unknown or one.unit == "steps":
+            raise GoodfitError(
+                f"A path stops by the validation loss after each epoch, and knows no {(*unknown, 'step')[0]}: {one}."
+            )
     rest = Cocktail(*(one for one in mix if not isinstance(one, EarlyStopping)))
     return rest, stops[0] if stops else EarlyStopping(PATIENCE)
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from goodfit.errors import GoodfitError
-from goodfit.hyper import hyper
+from goodfit.hyper import hyper, lifted
 from goodfit.phases import Epoch, Finish, Report, State, Weights
-from goodfit.tensors import load_tensors, tensors_of
+from goodfit.regularizers.watch import Watch, named
+from goodfit.stop.criterion import Criterion, Reason, below, refuse_missing, under
+from goodfit.stop.patience import Patience
+from goodfit.tensors import truth
 
 __all__ = ["EarlyStopping", "Watch"]
+
+CHOICES = {
+    "mode": ("min", "max"),
+    "unit": ("checks", "steps"),
+    "nonfinite": ("bad", "stop", "raise", "ignore", "rollback"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,126 +33,172 @@ class EarlyStopping(Epoch, Finish):
 
     Formula: score v improves on the anchor a iff a − v > max(min_delta, rel_delta · |a|); then a ← v. Stop at the
         patience-th consecutive check without improvement. Kept are weights and buffers of the strictly lowest score.
+        In place of a patience a criterion of `gf.stop`, or several: EarlyStopping(Patience(10, stderrs=1) | GL(5)).
     Phase: Epoch, then Finish; all weights and buffers, in their shapes.
-    Numbers: patience, checks, an integer >= 1, off at inf (neither stops nor restores); min_delta, in units of the score,
-        >= 0; rel_delta, share of |a|, >= 0 (symmetric for negative scores); warmup, checks that are tracked but cannot
-        stop, >= 0; mode, "min" where lower scores are better, else "max".
-    Errors: numbers outside their range; another mode. A score that is nan or infinite is never an improvement; it counts
-        as a check without one.
-    Source: Prechelt 1998, Early stopping, but when?; Goodfellow et al. 2016, algorithm 7.1. The anchor (last accepted
-        best) and the kept best (strictly best) are apart, so slow drift below min_delta stops, and loses nothing.
+    Numbers: patience, in the unit, an integer >= 1, off at inf (neither stops nor restores), or a criterion; min_delta, in
+        units of the score, >= 0; rel_delta, share of |a|, >= 0; warmup, in the unit, >= 0; mode, "min" where lower scores
+        are better, else "max"; unit, "checks" or optimizer "steps", counted from the last improvement and asked at checks;
+        nonfinite, what a score that is nan or infinite does; restore, whether the best comes back.
+    Errors: numbers outside their range; another choice; min_delta or rel_delta beside a criterion; a report that lacks what
+        the criterion needs.
+    Source: Prechelt 1998, Early stopping, but when?; Goodfellow et al. 2016, algorithm 7.1.
+
+    The rules:
+    1. An improvement is larger than max(min_delta, rel_delta · |a|); "max" is "min" of the negated score, in every number.
+    2. The anchor (last accepted best) drives patience, the strictly best score what is kept: slow drift below min_delta
+       stops, and loses nothing. A tie is no improvement and keeps the first.
+    3. Patience p stops at the p-th check in a row without an improvement; p >= 1.
+    4. A score that is nan or infinite is never an improvement and never a reference. nonfinite: "bad" counts it as a check
+       without improvement; "stop" stops; "raise" raises; "ignore" is as if there had been no check; "rollback" is "bad", and
+       the best so far goes back into the model (the optimizer's moments are the loop's to reset).
+    5. A warm-up is tracked, and cannot stop, whatever the criterion: only checks behind it do.
+    6. Numbers and names without a meaning are refused.
+    7. The state holds no settings: resumed with another patience, that one counts; resumed with the same, it stops at the
+       same check.
+    8. Processes that train together decide on one reduced score, and so all at the same check.
+    9. Kept is what was scored, weights and buffers, and it comes back however the training ended.
+    10. It says why it stopped, with numbers, and as a `gf.stop.Reason`.
 
     >>> stopping = EarlyStopping(patience=2).watch(nn.Linear(1, 1))
     >>> [stopping(loss) for loss in (1.0, 0.9, 0.95, 0.92)]
     [False, False, False, True]
     """
 
-    patience: float = hyper(20, valid="[1, inf]", off=math.inf, low=5, high=100, log=True, unit="checks")
-    min_delta: float = hyper(0.0, valid="[0, inf)", low=0.0, high=1e-2, unit="score")
-    rel_delta: float = hyper(0.0, valid="[0, inf)", low=0.0, high=1e-2)
-    warmup: float = hyper(0, valid="[0, inf)", low=0, high=50, unit="checks")
+    patience: float | Criterion = hyper(  # noqa: RUF009 (a field, as all numbers)
+        20, valid="[1, inf]", off=math.inf, low=5, high=100, log=True, unit="checks", fixed=True, instead=Criterion
+    )
+    min_delta: float = hyper(0.0, valid="[0, inf)", low=0.0, high=1e-2, unit="score", fixed=True)
+    rel_delta: float = hyper(0.0, valid="[0, inf)", low=0.0, high=1e-2, fixed=True)
+    warmup: float = hyper(0, valid="[0, inf)", low=0, high=50, unit="checks", fixed=True)
     mode: Literal["min", "max"] = "min"
+    unit: Literal["checks", "steps"] = "checks"
+    nonfinite: Literal["bad", "stop", "raise", "ignore", "rollback"] = "bad"
+    restore: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in ("min", "max"):
-            raise GoodfitError(f"EarlyStopping.mode must be 'min' or 'max', got mode={self.mode!r}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+                raise GoodfitError(f"EarlyStopping.{name} must be {known}, got {name}={getattr(self, name)!r}.")
+        if isinstance(self.patience, Criterion):
+            for name in ("min_delta", "rel_delta"):
+                if number := getattr(self, name):
+                    raise GoodfitError(f"EarlyStopping.{name} belongs into a criterion here: Patience(20, {name}={number!r}).")
+
+    @property
+    def criterion(self) -> Criterion:
+        """What says when to stop, of scores that are lower for better."""
+        one = self.patience
+        if not isinstance(one, Criterion):
+            one = lifted(Patience(), patience=one, min_delta=self.min_delta, rel_delta=self.rel_delta)
+        return one.mirrored() if self.mode == "max" else one
+
+    @property
+    def sign(self) -> float:
+        """−1 where the user's scores are higher for better."""
+        return 1.0 if self.mode == "min" else -1.0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it needs a copy of the best weights."""
+        return self.restore or self.nonfinite == "rollback"
 
     def init(self, weights: Weights, buffers: Weights) -> State:
         start = torch.tensor(math.inf, dtype=torch.float64)
-        state = {"best": start, "anchor": start.clone(), "last": start.clone()}
-        state |= {name: torch.tensor(0) for name in ("checks", "bad", "best_check")}
-        state |= {f"weights.{name}": w.detach().clone() for name, w in weights.items()}
-        return state | {f"buffers.{name}": b.detach().clone() for name, b in buffers.items()}
+        state = {"best": start, "last": start.clone()}
+        state |= {name: torch.tensor(0) for name in ("checks", "best_check", "best_step")}
+        state |= under("criterion.", self.criterion.init())
+        return state | ({name: t.detach().clone() for name, t in named(weights, buffers).items()} if self.keeps else {})
 
     def epoch(self, report: Report, weights: Weights, buffers: Weights, state: State) -> tuple[Tensor, State]:
-        v = report.score if self.mode == "min" else -report.score
-        anchor, seen = state["anchor"], state["anchor"].isfinite()
-        reference = torch.where(seen, anchor, 0.0)
-        margin = torch.maximum(_as(self.min_delta, v), self.rel_delta * reference.abs())
-        improved = v.isfinite() & (~seen | (reference - v > margin))
-        best = v.isfinite() & (v < state["best"])
-        checks = state["checks"] + 1
-        bad = torch.where(improved, 0, state["bad"] + 1)
+        self.refuse(report, "run.epoch")
+        v = self.sign * report.score
+        finite = v.isfinite()
+        if self.nonfinite == "raise" and not finite:
+            raise GoodfitError(
+                f"EarlyStopping(nonfinite='raise') heard a score of {float(report.score)} at check {int(state['checks']) + 1}; "
+                "lower the learning rate, or look for nan in the data."
+            )
+        counts = finite | torch.tensor(self.nonfinite != "ignore")
+        checks = state["checks"] + counts
+        time = checks if self.unit == "checks" else report.step
+        assert time is not None
+        told = replace(report, score=v, step=time)
+        stop, inner = self.criterion.hear(told, below("criterion.", state), counts)
+        if self.nonfinite == "stop":
+            stop = stop | ~finite
+        best = finite & (v < state["best"])
+        step = state["best_step"] if report.step is None else report.step.to(torch.int64)
         new = {
             "best": torch.where(best, v, state["best"]),
-            "anchor": torch.where(improved, v, anchor),
-            "last": v,
+            "last": torch.where(counts, v, state["last"]),
             "checks": checks,
-            "bad": bad,
             "best_check": torch.where(best, checks, state["best_check"]),
+            "best_step": torch.where(best, step, state["best_step"]),
+            **under("criterion.", inner),
+            **(self._copies(best, named(weights, buffers), state) if self.keeps else {}),
         }
-        for name, tensor in _kept(weights, buffers):
-            new[name] = torch.where(best.to(tensor.device), tensor.detach(), state[name].to(tensor.device))
-        return ~((bad >= self.patience) & (checks > self.warmup)), new
+        return ~(stop & (time > self.warmup)), new
+
+    def _copies(self, best: Tensor, now: Weights, state: State) -> State:
+        """What is kept: the model of now where it is the best, else what was; copied only where it must be."""
+        known = truth(best)
+        if known is None:
+            return {name: torch.where(best.to(t.device), t.detach(), state[name].to(t.device)) for name, t in now.items()}
+        return {name: t.detach().clone() if known else state[name] for name, t in now.items()}
+
+    def kept(self, weights: Weights, buffers: Weights, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The best weights and buffers so far, and those of now before there is a best."""
+        return self._back(state["best_check"] > 0, weights, buffers, state)
 
     def finish(self, weights: Weights, buffers: Weights, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        found = (state["best_check"] > 0) & (_as(self.patience, state["best"]) < math.inf)
+        if not self.restore:
+            return dict(weights), dict(buffers)
+        found = state["best_check"] > 0
+        if not isinstance(self.patience, Criterion):
+            found = found & (torch.as_tensor(self.patience) < math.inf)
+        return self._back(found, weights, buffers, state)
 
-        def kept(kind: str, now: Weights) -> dict[str, Tensor]:
+    def _back(
+        self, found: Tensor, weights: Weights, buffers: Weights, state: State
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        def best(kind: str, now: Weights) -> dict[str, Tensor]:
             return {name: torch.where(found.to(t.device), state[f"{kind}.{name}"].to(t.device), t) for name, t in now.items()}
 
-        return kept("weights", weights), kept("buffers", buffers)
+        return best("weights", weights), best("buffers", buffers)
+
+    def rolls_back(self, report: Report) -> bool:
+        """Whether the best weights go back into the model after this report: load what `kept` gives."""
+        return self.nonfinite == "rollback" and not math.isfinite(report.score)
+
+    def refuse(self, report: Report, call: str) -> None:
+        """Refuse a report that lacks what the criterion or the unit needs, and say how the `call` tells it."""
+        refuse_missing(self.criterion, report, call)
+        if self.unit == "steps" and report.step is None:
+            raise GoodfitError(f"EarlyStopping(unit='steps') needs the optimizer step; say {call}(score, step=...).")
 
     def reason(self, state: State) -> str:
-        sign = 1 if self.mode == "min" else -1
-        best, last, at = sign * float(state["best"]), sign * float(state["last"]), int(state["best_check"])
-        if at == 0:
-            return f"no finite score in {_checks(state['checks'])}: {last:.6g} at the last"
-        share = f"{self.rel_delta:g} of itself" if self.rel_delta else ""
-        margins = " and ".join(filter(None, (f"{self.min_delta:g}" if self.min_delta else "", share)))
-        margin = f" by more than {margins}" if margins else ""
-        return (
-            f"no improvement{margin} in {_checks(state['bad'])}: best {best:.6g} at check {at}, "
-            f"{last:.6g} at check {int(state['checks'])}"
-        )
+        last, at, checks = self.sign * float(state["last"]), int(state["best_check"]), int(state["checks"])
+        text = self.criterion.reason(below("criterion.", state), self.sign, self.unit)
+        if self.why(state) is Reason.NONFINITE:
+            text = f"a score of {last:g}, which is not finite"
+        best = f"best {self.sign * float(state['best']):.6g} at check {at}, " if at else ""
+        return f"{text}: {best}{last:.6g} at check {checks}"
 
-    def patience_left(self, state: State) -> float:
-        """How many more checks without improvement it takes to stop."""
-        return max(self.patience - int(state["bad"]), 0)
+    def why(self, state: State) -> Reason:
+        """The same in one word."""
+        if self.nonfinite == "stop" and not math.isfinite(state["last"]):
+            return Reason.NONFINITE
+        return self.criterion.why(below("criterion.", state))
 
-    def watch(self, model: nn.Module) -> Watch:
-        """Use it alone, in any loop.
+    def patience_left(self, state: State) -> float | None:
+        """How much longer it goes on without an improvement, in the unit; None where no patience is in the criterion."""
+        return self.criterion.patience_left(below("criterion.", state))
+
+    def watch(self, model: nn.Module, keep: str | Path | None = None) -> Watch:
+        """Use it alone, in any loop; keep: a file for the best weights, which then need no second copy in memory.
 
         `stopping = EarlyStopping(5).watch(model)`; `if stopping(valid_loss): break`; `stopping.restore()`.
         """
-        return Watch(self, model)
-
-
-class Watch:
-    """One EarlyStopping beside a model: call it with each validation score, True means stop."""
-
-    def __init__(self, stopping: EarlyStopping, model: nn.Module) -> None:
-        self.stopping, self.model = stopping, model
-        self.state = stopping.init(*tensors_of(model))
-        self.stopped = ""
-
-    def __call__(self, score: float | Tensor) -> bool:
-        """Hear one score; whether to stop."""
-        report = Report(torch.as_tensor(score, dtype=torch.float64, device="cpu").detach())
-        go_on, self.state = self.stopping.epoch(report, *tensors_of(self.model), self.state)
-        if not go_on and not self.stopped:
-            self.stopped = self.stopping.reason(self.state)
-        return bool(self.stopped)
-
-    @property
-    def best(self) -> float:
-        """The best score so far, inf (or -inf for mode="max") before the first."""
-        return float(self.state["best"]) * (1 if self.stopping.mode == "min" else -1)
-
-    def restore(self) -> nn.Module:
-        """Put the best weights and buffers back into the model."""
-        load_tensors(self.model, *self.stopping.finish(*tensors_of(self.model), self.state))
-        return self.model
-
-
-def _checks(count: Tensor) -> str:
-    return f"{int(count)} check{'s' if int(count) > 1 else ''}"
-
-
-def _kept(weights: Weights, buffers: Weights) -> list[tuple[str, Tensor]]:
-    return [(f"weights.{n}", w) for n, w in weights.items()] + [(f"buffers.{n}", b) for n, b in buffers.items()]
-
-
-def _as(number: Any, like: Tensor) -> Tensor:
-    return torch.as_tensor(number, dtype=like.dtype, device=like.device)
+        return Watch(self, model, keep)
