@@ -1,8 +1,8 @@
 """Ignite: a handler that regularizes a trainer's steps, hears an evaluator, and ends the training with the best weights.
 
-    regularization = Regularization("L2(1e-4), Dropout(0.3), EarlyStopping(5)", model, monitor="loss", example=x)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)      # made after it
-    regularization.attach(trainer, evaluator, optimizer)
+regularization = Regularization("L2(1e-4), Dropout(0.3), EarlyStopping(5)", model, monitor="loss", example=x)
+optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)      # made after it
+regularization.attach(trainer, evaluator, optimizer)
 """
 
 from __future__ import annotations
