@@ -18,7 +18,7 @@ from skorch import NeuralNetRegressor
 from skorch.callbacks import Callback, Checkpoint, EpochScoring, GradientNormClipping, LoadInitState, LRScheduler
 from skorch.dataset import Dataset, unpack_data
 from skorch.helper import predefined_split
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 import goodfit as gf
 from goodfit.adapters.skorch import Regularization
@@ -187,7 +187,8 @@ def test_averaged_weights_get_their_statistics_from_the_training_data() -> None:
     assert torch.equal(net.module_[0].weight.data, ours(net).run.states(Mean)[0][1]["0.weight"])
     before = copy.deepcopy(net.module_)
     gf.recalibrate(net.module_, [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 32, 8)])
-    assert_same(before, net.module_)
+    assert torch.equal(before[0].batchnorm.running_mean, net.module_[0].batchnorm.running_mean)
+    assert torch.equal(before[2].batchnorm.running_var, net.module_[2].batchnorm.running_var)
 
 
 # Initialized again, cloned, searched
@@ -216,7 +217,7 @@ def test_other_modules_and_numbers_by_set_params() -> None:
     net.fit(X, Y)
     assert_same(net.module_, plain_loop(COCKTAIL)[0])
     other = host().initialize().set_params(module=lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
-    assert [m for m in other.fit(X, Y).module_.modules() if isinstance(m, nn.BatchNorm1d)][0].num_features == 2
+    assert next(m for m in other.fit(X, Y).module_.modules() if isinstance(m, nn.BatchNorm1d)).num_features == 2
 
 
 def test_a_rate_set_before_the_first_step_stays() -> None:
@@ -252,7 +253,8 @@ def test_a_net_that_makes_its_optimizer_in_its_own_way_keeps_it() -> None:
 
     net = host("L2(0.1), BatchNorm()", kind=Head, max_epochs=1).fit(X, Y)
     held = {id(p) for group in net.optimizer_.param_groups for p in group["params"]}
-    assert held == {id(p) for p in net.module_.parameters() if p.requires_grad} | (held - {id(p) for p in net.module_.parameters()})
+    assert held >= {id(p) for p in net.module_.parameters() if p.requires_grad}
+    assert id(net.module_[0].weight) not in held
 
 
 def test_a_search_clones_it() -> None:
@@ -308,8 +310,8 @@ def test_a_stopped_training_that_goes_on_is_asked_anew_with_the_new_patience() -
 
 def test_other_regularizers_in_a_training_start_anew_and_say_so() -> None:
     net = host("L2(0.01)", max_epochs=1).fit(X, Y)
-    net.set_params(callbacks__Regularization__cocktail="L1(0.01)")
-    with pytest.warns(gf.GoodfitWarning, match=r"other regularizers, which start anew: L1\(0.01\)"):
+    net.set_params(callbacks__Regularization__cocktail="L2(0.01), EarlyStopping(9)")
+    with pytest.warns(gf.GoodfitWarning, match=r"other regularizers, which start anew: L2\(0.01\), EarlyStopping\(9\)"):
         net.partial_fit(X, Y)
 
 
@@ -402,6 +404,7 @@ def test_a_run_before_the_training_is_told_of() -> None:
         Regularization("L2(0.1)").stopped
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it itself
 def test_a_compiled_module_is_regularized_within() -> None:
     net = host(compile=True, compile__backend="eager").fit(X, Y)
     assert_same(net.module_._orig_mod, plain_loop(COCKTAIL)[0])
@@ -411,7 +414,3 @@ def test_without_skorch_one_line_says_what_to_install() -> None:
     code = "import sys; sys.modules['skorch'] = None; import goodfit.adapters.skorch"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr.strip().splitlines()
     assert told[-1] == 'ImportError: goodfit.adapters.skorch needs skorch: pip install "goodfit[skorch]"'
-
-
-def weights(net: Any) -> list[Tensor]:
-    return [p.detach().clone() for p in net.module_.parameters()]
