@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from goodfit.adapters.host import hears, imported, monitored, refuse_clipping
+from goodfit.adapters.host import imported, monitored, refuse_clipping, refuse_deaf, refuse_second, refuse_sharded, submodule
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.data import mapped
-from goodfit.errors import GoodfitError, GoodfitWarning, nearest
-from goodfit.phases import Build, Epoch, Gradient, Regularizer, phases_of
+from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.phases import Build, Epoch, Gradient, Regularizer
 from goodfit.run import Run
 
 __all__ = ["Regularization"]
@@ -26,7 +26,7 @@ _lightning = imported("lightning", "lightning.pytorch", "pytorch_lightning")
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
 
-class Regularization(_lightning.Callback):  # type: ignore[misc]
+class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
     """A cocktail in a Lightning Trainer.
 
     monitor: the logged validation metric that Epoch regularizers hear. model: the submodule to regularize, by name; without
@@ -47,8 +47,8 @@ class Regularization(_lightning.Callback):  # type: ignore[misc]
     ) -> None:
         self.cocktail, self.monitor, self.model, self.example = as_cocktail(cocktail), monitor, model, example
         self.seed = seed
-        hears(self.cocktail, monitor)
-        self._settings = {"loss": loss, "task": task}
+        refuse_deaf(self.cocktail, monitor)
+        self._settings: dict[str, Any] = {"loss": loss, "task": task}
         self._run: Run | None = None
         self._names: set[str] = set()
         self._place: int | None = None
@@ -75,7 +75,7 @@ class Regularization(_lightning.Callback):  # type: ignore[misc]
         beside = [one for one in trainer.callbacks if isinstance(one, Regularization)]
         self._place, self._fitting = beside.index(self), stage == "fit"
         if self is not beside[0]:
-            _refuse_second(self.cocktail)
+            refuse_second(self.cocktail)
             self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
         if self._fitting:
             self._refuse(trainer, pl_module)
@@ -92,7 +92,7 @@ class Regularization(_lightning.Callback):  # type: ignore[misc]
         builder = next(self.cocktail.of(Build), None)
         if builder is not None and example is None:
             raise GoodfitError(
-                f"{builder} is inserted before the optimizer is made, which takes an input batch: Regularization(..., example=x)."
+                f"{builder} acts before the optimizer is made, and needs an input batch: Regularization(..., example=x)."
             )
         device = trainer.strategy.root_device
         trainer.precision_plugin.convert_module(pl_module.to(device))
@@ -101,12 +101,8 @@ class Regularization(_lightning.Callback):  # type: ignore[misc]
         return Run(self.cocktail, part, example=example, seed=self.seed, **self._settings)
 
     def _part(self, pl_module: Any) -> nn.Module:
-        parts = dict(pl_module.named_modules())
         if self.model is not None:
-            if self.model not in parts:
-                known = [name for name in parts if name]
-                raise GoodfitError(f"{type(pl_module).__name__} has no submodule {self.model!r}; {nearest(self.model, known)}")
-            return parts[self.model]
+            return submodule(pl_module, self.model)
         if type(pl_module).forward is not _lightning.LightningModule.forward:
             return pl_module
         weighty = [child for child in pl_module.children() if any(True for _ in child.parameters())]
@@ -114,8 +110,8 @@ class Regularization(_lightning.Callback):  # type: ignore[misc]
             return weighty[0]
         if any(self.cocktail.of(Build)):
             raise GoodfitError(
-                f"{type(pl_module).__name__} has no forward that the example could go through; give it one, or say which of its "
-                "parts is the model: Regularization(..., model='net')."
+                f"{type(pl_module).__name__} has no forward that the example could go through; give it one, or say which "
+                "of its parts is the model: Regularization(..., model='net')."
             )
         return pl_module
 
@@ -123,6 +119,7 @@ class Regularization(_lightning.Callback):  # type: ignore[misc]
         strategy = type(trainer.strategy).__name__
         if self._attached:
             raise GoodfitError("A Regularization serves one trainer.fit, and this one has; make another for the next.")
+        refuse_sharded(pl_module)
         if strategy in _SHARDED:
             raise GoodfitError(f"{strategy} shards the weights, of which a regularizer needs the whole; use strategy='ddp'.")
         if trainer.gradient_clip_val:
@@ -191,7 +188,7 @@ class Regularization(_lightning.Callback):  # type: ignore[misc]
         self.finished = True
 
 
-class _Restore(_lightning.Callback):  # type: ignore[misc]
+class _Restore(_lightning.Callback):  # type: ignore[misc, name-defined]
     """The end of a Regularization, behind all checkpoint callbacks: they save what trains, and not what is kept."""
 
     def __init__(self, owner: Regularization) -> None:
@@ -208,12 +205,3 @@ class _Restore(_lightning.Callback):  # type: ignore[misc]
                 warnings.warn(
                     f"After {type(exception).__name__} the best was not restored: {wrong}", GoodfitWarning, stacklevel=2
                 )
-
-
-def _refuse_second(cocktail: Cocktail) -> None:
-    """A model is built once, and each regularizer acts once."""
-    for one in cocktail:
-        if not one.off and not set(phases_of(type(one))) <= {"Epoch", "Finish"}:
-            raise GoodfitError(
-                f"A second Regularization may only stop the training, got {one}; put it into the first cocktail."
-            )
