@@ -155,7 +155,7 @@ def test_a_score_that_never_moves_stops(score: float) -> None:
 
 
 def test_a_missing_metric_is_named_with_the_nearest() -> None:
-    with pytest.raises(gf.GoodfitError, match=r"metric of the evaluator \(loss\), got monitor='los'; did you mean loss\?"):
+    with pytest.raises(gf.GoodfitError, match=r"monitor='los' must name .*; the evaluator has: loss; did you mean loss\?"):
         Host(monitor="los").fit(1)
 
 
@@ -365,4 +365,4 @@ def test_shards_of_weights_are_refused() -> None:
 def test_without_ignite_one_line_says_what_to_install() -> None:
     code = "import sys; sys.modules['ignite'] = None; import goodfit.adapters.ignite"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr.strip().splitlines()
-    assert told[-1] == 'ImportError: goodfit.adapters.ignite needs Ignite: pip install "goodfit[ignite]"'
+    assert told[-1].endswith('goodfit.adapters.ignite needs ignite, which is not installed; pip install "goodfit[ignite]".')

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from goodfit.adapters.host import imported, monitored, refuse_sharded
 from goodfit.cocktail import Cocktail
-from goodfit.errors import GoodfitError, GoodfitWarning, nearest
+from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Epoch, Regularizer
 from goodfit.run import Run
 
-try:
-    from ignite.engine import Engine, Events
-except ImportError:
-    raise ImportError('goodfit.adapters.ignite needs Ignite: pip install "goodfit[ignite]"') from None
+if TYPE_CHECKING:
+    from ignite.engine import Engine
 
 __all__ = ["Regularization"]
+
+_engine = imported("ignite", "ignite").engine
+_Events = _engine.Events
 
 
 class Regularization:
@@ -46,9 +48,10 @@ class Regularization:
         task: str | None = None,
         seed: int = 0,
     ) -> None:
+        refuse_sharded(model)
         self.run = Run(cocktail, model, example=example, loss=loss, task=task, seed=seed)
         self.monitor = monitor
-        self.trainer = Engine(lambda engine, batch: None)
+        self.trainer: Engine = _engine.Engine(lambda engine, batch: None)
         self._heard: tuple[int, Any] = (-1, None)
         self._saved = -1
 
@@ -62,11 +65,11 @@ class Regularization:
         if any(self.run.cocktail.of(Epoch)):
             if evaluator is None:
                 raise GoodfitError(f"{next(self.run.cocktail.of(Epoch))} needs the evaluator that validates, got None.")
-            evaluator.add_event_handler(Events.COMPLETED, self._hear)
+            evaluator.add_event_handler(_Events.COMPLETED, self._hear)
         self.run.attach(*optimizers)
         self.trainer = trainer
-        trainer.add_event_handler(Events.STARTED, self._start)
-        for event in (Events.TERMINATE, Events.COMPLETED, Events.EXCEPTION_RAISED):
+        trainer.add_event_handler(_Events.STARTED, self._start)
+        for event in (_Events.TERMINATE, _Events.COMPLETED, _Events.EXCEPTION_RAISED):
             trainer.add_event_handler(event, self._end)
         return self
 
@@ -77,7 +80,7 @@ class Regularization:
     def _hear(self, evaluator: Engine) -> None:
         """One check; data that is evaluated when no training is on, or again for the same weights, is none."""
         now, data = self.trainer.state.iteration, evaluator.state.dataloader
-        if self.trainer.last_event_name in (None, Events.COMPLETED, Events.TERMINATE, Events.EXCEPTION_RAISED):
+        if self.trainer.last_event_name in (None, _Events.COMPLETED, _Events.TERMINATE, _Events.EXCEPTION_RAISED):
             return
         if now == self._heard[0]:
             if data is not self._heard[1]:
@@ -100,13 +103,7 @@ class Regularization:
     def _score(self, evaluator: Engine) -> float | Tensor:
         if callable(self.monitor):
             return self.monitor(evaluator)
-        metrics = evaluator.state.metrics
-        if self.monitor not in metrics:
-            raise GoodfitError(
-                f"monitor must be a metric of the evaluator ({', '.join(metrics) or 'it has none'}), got "
-                f"monitor={self.monitor!r}; {nearest(self.monitor, metrics)}"
-            )
-        return metrics[self.monitor]
+        return monitored(evaluator.state.metrics, self.monitor, "the evaluator")
 
     def _end(self, trainer: Engine, *errors: BaseException) -> None:
         """Give back the best, whatever ended the training; what ended it early may have come before there was one."""
@@ -115,7 +112,7 @@ class Regularization:
         except GoodfitError:
             if not (errors or trainer.should_terminate):
                 raise
-        if errors and len(trainer._event_handlers[Events.EXCEPTION_RAISED]) == 1:
+        if errors and len(trainer._event_handlers[_Events.EXCEPTION_RAISED]) == 1:
             raise errors[0]  # Ignite takes an error that has a handler for handled
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -14,24 +14,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from goodfit.adapters.host import imported, monitored, refuse_clipping
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.data import peek
-from goodfit.errors import GoodfitError, GoodfitWarning, nearest
+from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hooks import lacking
-from goodfit.phases import Build, Epoch, Gradient, Regularizer
+from goodfit.phases import Build, Epoch, Regularizer
 from goodfit.run import Run
-
-try:
-    from skorch.callbacks import Callback, GradientNormClipping
-    from skorch.dataset import unpack_data
-    from skorch.utils import to_tensor
-except ImportError:
-    raise ImportError('goodfit.adapters.skorch needs skorch: pip install "goodfit[skorch]"') from None
 
 __all__ = ["Regularization"]
 
+_skorch = imported("skorch", "skorch")
 
-class Regularization(Callback):  # type: ignore[misc]
+
+class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-defined]
     """One cocktail on the `module_` of a skorch net.
 
     monitor: the column of the history that is the score; lower is better unless EarlyStopping says mode="max". example: an
@@ -81,7 +77,8 @@ class Regularization(Callback):  # type: ignore[misc]
         same = before is not None and before.model is model
         if before is not None and same and before.cocktail == mix and self.held_ == list(optimizers.values()):
             return
-        _refuse_clipping(net, mix)
+        if any(isinstance(one, _skorch.callbacks.GradientNormClipping) for _, one in net.callbacks_):
+            refuse_clipping(mix, "GradientNormClipping", "leave the callback out")
         state = before.state_dict() if before is not None and same else self.state_
         if before is not None:
             before.detach()
@@ -120,13 +117,8 @@ class Regularization(Callback):  # type: ignore[misc]
         self.epochs_ += 1
         if not any(self.run.cocktail.of(Epoch)):
             return
-        row = net.history[-1]
-        if self.monitor not in row:
-            columns = [name for name, value in row.items() if isinstance(value, float) and name != "dur"]
-            raise GoodfitError(
-                f"monitor must be a column of the history ({', '.join(columns)}), got monitor={self.monitor!r}; "
-                f"{nearest(self.monitor, columns)}; a scoring callback stands before Regularization."
-            )
+        row = {name: value for name, value in net.history[-1].items() if isinstance(value, float)}
+        score = monitored(row, self.monitor, "the history, before Regularization,")
         if self.saved_:
             warnings.warn(
                 "The checkpoint of this epoch was saved before its score was heard, so what resumes from it has heard one "
@@ -134,7 +126,7 @@ class Regularization(Callback):  # type: ignore[misc]
                 GoodfitWarning,
                 stacklevel=2,
             )
-        if not self.run.epoch(row[self.monitor], train_loss=row.get("train_loss")):
+        if not self.run.epoch(score, train_loss=row.get("train_loss")):
             if net.verbose:
                 print(f"Stopping: {self.stopped}")
             raise KeyboardInterrupt  # which is how skorch's own early stopping ends a training
@@ -166,8 +158,8 @@ class Regularization(Callback):  # type: ignore[misc]
         x = self.example
         if x is None:
             with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
-                x, _ = unpack_data(peek(net.get_iterator(net.get_dataset(X, y), training=False)))
-        return to_tensor(x, device=net.device)
+                x, _ = _skorch.dataset.unpack_data(peek(net.get_iterator(net.get_dataset(X, y), training=False)))
+        return _skorch.utils.to_tensor(x, device=net.device)
 
 
 def _deal(net: Any, optimizers: dict[str, Optimizer]) -> None:
@@ -181,11 +173,3 @@ def _deal(net: Any, optimizers: dict[str, Optimizer]) -> None:
         else:  # a pattern of the net names inserted layers
             one.param_groups[:] = dealt
         setattr(net, name, one)
-
-
-def _refuse_clipping(net: Any, mix: Cocktail) -> None:
-    acting = next(mix.of(Gradient), None)
-    if acting is not None and any(isinstance(one, GradientNormClipping) for _, one in net.callbacks_):
-        raise GoodfitError(
-            f"GradientNormClipping acts before the penalties are in the gradient, and {acting} after; leave the callback out."
-        )
