@@ -14,7 +14,9 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from ignite.metrics import Loss
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 
 import goodfit as gf
@@ -353,13 +355,39 @@ def test_a_scaler_that_unscales_before_the_step_changes_nothing() -> None:
     assert_same(host.model, plain_loop((gf.L2(0.01), Clip(0.1)), epochs=2)[0])
 
 
-def test_shards_of_weights_are_refused() -> None:
-    model = nn.Linear(2, 2)
-    for mark in ("device_mesh", "_is_flat_param"):
-        optimizer = torch.optim.SGD([p := nn.Parameter(torch.ones(2))])
-        setattr(p, mark, True)
-        with pytest.raises(gf.GoodfitError, match="SGD holds shards of weights"):
-            Regularization("L2(0.1)", model).attach(Engine(lambda e, b: None), None, optimizer)
+@pytest.fixture
+def group() -> Iterator[None]:
+    """One process that trains together with itself."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def parted(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def parted_by_names(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def parted_in_place(model: nn.Module) -> nn.Module:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+@pytest.mark.parametrize("shard", [parted, parted_by_names, parted_in_place])
+def test_shards_of_weights_are_refused(shard: Any, group: None) -> None:
+    trainer, model, late = Engine(lambda engine, batch: None), nn.Linear(3, 2), nn.Linear(3, 2)
+    regularization = Regularization("L2(0.1)", late)
+    with pytest.raises(gf.GoodfitError, match="SGD holds shards of weights"):
+        regularization.attach(trainer, None, torch.optim.SGD(shard(late).parameters()))
+    if shard is not parted_in_place:
+        with pytest.raises(gf.GoodfitError, match=r"holds shards of weights|matched no weights"):
+            gf.Run("L2(0.1)", wrapped := shard(model)).attach(torch.optim.SGD(wrapped.parameters()))
+    else:
+        with pytest.raises(gf.GoodfitError, match="weight is sharded over processes"):
+            Regularization("L2(0.1)", shard(model))
 
 
 def test_without_ignite_one_line_says_what_to_install() -> None:

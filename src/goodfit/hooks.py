@@ -83,7 +83,7 @@ def _once(run: Steps, optimizer: Optimizer, closure: Closure) -> Closure:
 def _refuse_shards(optimizer: Optimizer) -> None:
     """A regularizer would take the norm of a part for the norm of the whole."""
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if hasattr(p, "device_mesh") or hasattr(p, "_is_flat_param"):  # FSDP's two generations
+        if any(hasattr(p, mark) for mark in ("device_mesh", "_is_flat_param", "_fsdp_flattened")):  # both generations of FSDP
             raise GoodfitError(
                 f"{type(optimizer).__name__} holds shards of weights (FSDP), and a regularizer needs the whole of a weight; "
                 "train under DDP, or by one process."
