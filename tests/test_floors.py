@@ -44,7 +44,7 @@ FLOORS = [
     {"tabular", "report"},
     {"paths"},
     {"job", "manual"},
-    {"cli"},
+    {"cli", "adapters"},
     {"__init__", "__main__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

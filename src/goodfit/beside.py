@@ -104,10 +104,16 @@ class Beside:
             self.plan.clock.rewind()
             with torch.enable_grad():
                 redo()
+            found = any(p.grad is not None for p in live.values())
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in live.items()}
             for p, grad in held:
                 p.grad = grad
             load_tensors(self.plan.model, before, kept)
+            if not found:
+                raise GoodfitError(
+                    "A second gradient needs a closure that runs backward, got one that gives no gradient (Lightning makes such "
+                    "a one in manual optimization); give optimizer.step a closure with zero_grad, loss and backward."
+                )
             return grads
 
         return again

@@ -16,7 +16,9 @@ Closure = Callable[[], Any]
 
 
 class Steps(Protocol):
-    """What the hooks call: the two phases beside an optimizer's step."""
+    """What the hooks call while it is attached: the two phases beside an optimizer's step."""
+
+    attached: bool
 
     def before_step(self, optimizer: Optimizer, redo: Closure | None) -> None: ...
     def after_step(self, optimizer: Optimizer) -> None: ...
@@ -26,6 +28,8 @@ def hook(run: Steps, optimizer: Optimizer) -> None:
     """Let `run` act before and after each step of `optimizer`; with a closure, after the closure's backward."""
 
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not run.attached:
+            return None
         _refuse_unscaling(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
@@ -35,7 +39,8 @@ def hook(run: Steps, optimizer: Optimizer) -> None:
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
 
     def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run.after_step(optimizer)
+        if run.attached:
+            run.after_step(optimizer)
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
@@ -53,6 +58,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise GoodfitError(f"run.attach takes torch optimizers, as in run.attach(a, b), got a {type(optimizer).__name__}.")
+    _refuse_shards(optimizer)
     return optimizer
 
 
@@ -72,6 +78,16 @@ def _once(run: Steps, optimizer: Optimizer, closure: Closure) -> Closure:
         return loss
 
     return wrapped
+
+
+def _refuse_shards(optimizer: Optimizer) -> None:
+    """A regularizer would take the norm of a part for the norm of the whole."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if any(hasattr(p, mark) for mark in ("device_mesh", "_is_flat_param", "_fsdp_flattened")):  # both generations of FSDP
+            raise GoodfitError(
+                f"{type(optimizer).__name__} holds shards of weights (FSDP), and a regularizer needs the whole of a weight; "
+                "train under DDP, or by one process."
+            )
 
 
 def _refuse_unscaling(optimizer: Optimizer) -> None:

@@ -80,9 +80,7 @@ class Plan:
     def _edit(self, example: Any) -> None:
         for _, one in self.of(Build):
             one.build(self.model, example)
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, Noisy):
-                layer.bind(name, self.seed, self.clock, rank())
+        self._bind()
         weights, buffers = tensors_of(self.model)
         acting: dict[str, Regularizer] = {}
         for key, one in self.active.items():
@@ -94,6 +92,12 @@ class Plan:
             acting[key] = one.on(self.model)
             self.states[key] = one.init({n: weights[n] for n in self.chosen[key]}, buffers)
         self.active = acting
+
+    def _bind(self) -> None:
+        """Layers draw by this run, as if nothing had been drawn in this step."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, Noisy):
+                layer.bind(name, self.seed, self.clock, rank())
 
     def finish(self, batches: Any) -> None:
         """Finish regularizers on the model's weights and buffers, in place; where the last that changed weights has averaged
@@ -149,4 +153,5 @@ class Plan:
         for key, state in self.states.items():
             self.states[key] = {name: torch.empty_like(t).copy_(saved[f"{key}.{name}"]) for name, t in state.items()}
         self.clock.step = int(saved["step"])
+        self._bind()
         self._tune()

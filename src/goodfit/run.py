@@ -62,7 +62,7 @@ class Run:
         self._plan = Plan(self.cocktail, model, seed)
         self._plan.prepare(example)
         self._beside = Beside(self._plan)
-        self._attached = self._heard = False
+        self.attached = self._heard = False
         self._seen: set[str] = set()
         self._draws = (-1, 0, 0)
         self._micro: list[tuple[Any, Tensor, nn.Module | None]] = []
@@ -161,8 +161,12 @@ class Run:
             raise
         for optimizer in optimizers:
             hook(self, optimizer)
-        self._attached = True
+        self.attached = True
         return self
+
+    def detach(self) -> None:
+        """Act no more in the steps of the optimizers, so that another run can be attached to them."""
+        self.attached = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a run must remember between two steps, as flat tensors; `load_state_dict` takes it back."""
@@ -215,7 +219,7 @@ class Run:
             )
 
     def _refuse_attached(self, call: str) -> None:
-        if self._attached:
+        if self.attached:
             raise GoodfitError(f"run.{call} acts by itself since run.attach(optimizer); remove the call.")
 
     def _ready(self, optimizer: Optimizer, redo: Any) -> None:

@@ -1,0 +1,66 @@
+"""accelerate: a run on which all processes decide alike, and whose state is in the checkpoints of the accelerator.
+
+run = Regularization("L2(1e-4), Dropout(0.3), EarlyStopping(5)", model, accelerator, example=x)
+optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)      # made after it
+model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+run.attach(optimizer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from goodfit.adapters.host import refuse_sharded
+from goodfit.cocktail import Cocktail
+from goodfit.errors import GoodfitError
+from goodfit.losses import score_of
+from goodfit.phases import Regularizer
+from goodfit.run import Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Regularization"]
+
+_SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+
+
+class Regularization(Run):
+    """A `gf.Run` for a loop of accelerate, made on the model before `accelerator.prepare`.
+
+    accelerator: whose `save_state` and `load_state` carry the run from here on. The rest is as for `gf.Run`.
+    """
+
+    def __init__(
+        self,
+        cocktail: Cocktail | Regularizer | str,
+        model: nn.Module,
+        accelerator: Accelerator,
+        *,
+        example: Any = None,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
+        task: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        kind = accelerator.distributed_type.value
+        if kind in _SHARDED:
+            raise GoodfitError(f"{kind} shards the weights, of which a regularizer needs the whole; train with DDP.")
+        refuse_sharded(model)
+        super().__init__(cocktail, model, example=example, loss=loss, task=task, seed=seed)
+        self.accelerator = accelerator
+        accelerator.register_for_checkpointing(self)
+
+    @property
+    def run(self) -> Run:
+        """The run, which this is."""
+        return self
+
+    def epoch(self, score: float | Tensor, **told: Any) -> bool:
+        """As of `gf.Run`, with the mean of the scores of all processes, so that they stop together."""
+        mine = score_of(score)
+        if self.accelerator.num_processes > 1:
+            mine = self.accelerator.reduce(mine.to(self.accelerator.device), "mean").cpu()
+        return super().epoch(mine, **told)

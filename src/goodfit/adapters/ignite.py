@@ -1,0 +1,125 @@
+"""Ignite: a handler that regularizes a trainer's steps, hears an evaluator, and ends the training with the best weights.
+
+regularization = Regularization("L2(1e-4), Dropout(0.3), EarlyStopping(5)", model, monitor="loss", example=x)
+optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)      # made after it
+regularization.attach(trainer, evaluator, optimizer)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from goodfit.adapters.host import imported, monitored, refuse_sharded
+from goodfit.cocktail import Cocktail
+from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.phases import Epoch, Regularizer
+from goodfit.run import Run
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+
+__all__ = ["Regularization"]
+
+_engine = imported("ignite", "ignite").engine
+_Events = _engine.Events
+
+
+class Regularization:
+    """One cocktail on the model of an Ignite trainer.
+
+    monitor: the metric of the evaluator that is the score, or a function of the evaluator that gives it; it is lower that is
+    better unless EarlyStopping says mode="max". The rest is for `gf.Run`, which is at `run`. It has `state_dict` and
+    `load_state_dict`, for `Checkpoint(to_save={..., "goodfit": regularization})`.
+    """
+
+    def __init__(
+        self,
+        cocktail: Cocktail | Regularizer | str,
+        model: nn.Module,
+        *,
+        monitor: str | Callable[[Engine], float | Tensor] = "loss",
+        example: Any = None,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
+        task: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        refuse_sharded(model)
+        self.run = Run(cocktail, model, example=example, loss=loss, task=task, seed=seed)
+        self.monitor = monitor
+        self.trainer: Engine = _engine.Engine(lambda engine, batch: None)
+        self._heard: tuple[int, Any] = (-1, None)
+        self._saved = -1
+
+    @property
+    def stopped(self) -> str:
+        """Why the training was stopped, "" where it was not."""
+        return self.run.stopped
+
+    def attach(self, trainer: Engine, evaluator: Engine | None, *optimizers: Optimizer) -> Regularization:
+        """Act in the steps of `optimizers`, hear each end of `evaluator` within `trainer`, and stop the latter."""
+        if any(self.run.cocktail.of(Epoch)):
+            if evaluator is None:
+                raise GoodfitError(f"{next(self.run.cocktail.of(Epoch))} needs the evaluator that validates, got None.")
+            evaluator.add_event_handler(_Events.COMPLETED, self._hear)
+        self.run.attach(*optimizers)
+        self.trainer = trainer
+        trainer.add_event_handler(_Events.STARTED, self._start)
+        for event in (_Events.TERMINATE, _Events.COMPLETED, _Events.EXCEPTION_RAISED):
+            trainer.add_event_handler(event, self._end)
+        return self
+
+    def _start(self, trainer: Engine) -> None:
+        """A training that was stopped and is run again is asked anew."""
+        self.run.stopped, self._heard = "", (-1, None)
+
+    def _hear(self, evaluator: Engine) -> None:
+        """One check; data that is evaluated when no training is on, or again for the same weights, is none."""
+        now, data = self.trainer.state.iteration, evaluator.state.dataloader
+        if self.trainer.last_event_name in (None, _Events.COMPLETED, _Events.TERMINATE, _Events.EXCEPTION_RAISED):
+            return
+        if now == self._heard[0]:
+            if data is not self._heard[1]:
+                raise GoodfitError(
+                    f"The evaluator ran on two sets of data at iteration {now}, and one score decides; attach goodfit to an "
+                    "evaluator that sees the validation data alone."
+                )
+            return
+        if now == self._saved:
+            warnings.warn(
+                f"The checkpoint of iteration {now} was saved before the validation, so what resumes from it has heard one "
+                "check less; save behind the validation.",
+                GoodfitWarning,
+                stacklevel=2,
+            )
+        self._heard = (now, data)
+        if not self.run.epoch(self._score(evaluator)):
+            self.trainer.terminate()
+
+    def _score(self, evaluator: Engine) -> float | Tensor:
+        if callable(self.monitor):
+            return self.monitor(evaluator)
+        return monitored(evaluator.state.metrics, self.monitor, "the evaluator")
+
+    def _end(self, trainer: Engine, *errors: BaseException) -> None:
+        """Give back the best, whatever ended the training; what ended it early may have come before there was one."""
+        try:
+            self.run.finish(trainer.state.dataloader)
+        except GoodfitError:
+            if not (errors or trainer.should_terminate):
+                raise
+        if errors and len(trainer._event_handlers[_Events.EXCEPTION_RAISED]) == 1:
+            raise errors[0]  # Ignite takes an error that has a handler for handled
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the run must remember, for Ignite's `Checkpoint`."""
+        self._saved = self.trainer.state.iteration
+        return self.run.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken; the numbers of the cocktail are those of now."""
+        self.run.load_state_dict(saved)

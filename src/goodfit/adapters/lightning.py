@@ -1,0 +1,207 @@
+"""Lightning: one callback that builds before the optimizer is made, acts beside its steps, stops, and restores the best.
+
+from goodfit.adapters.lightning import Regularization
+
+Trainer(callbacks=[Regularization("L2(1e-4), Dropout(0.3), EarlyStopping(5)", monitor="valid_loss", example=x)])
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from goodfit.adapters.host import imported, monitored, refuse_clipping, refuse_deaf, refuse_second, refuse_sharded, submodule
+from goodfit.cocktail import Cocktail, as_cocktail
+from goodfit.data import mapped
+from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.phases import Build, Epoch, Gradient, Regularizer
+from goodfit.run import Run
+
+__all__ = ["Regularization"]
+
+_lightning = imported("lightning", "lightning.pytorch", "pytorch_lightning")
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+
+
+class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
+    """A cocktail in a Lightning Trainer.
+
+    monitor: the logged validation metric that Epoch regularizers hear. model: the submodule to regularize, by name; without
+    one it is the LightningModule where that has a `forward`, else its only child with weights. example: one input batch of it
+    for what is inserted, else `example_input_array`. loss, task, seed: as in `Run`. `run` is there from `setup` on.
+    """
+
+    def __init__(
+        self,
+        cocktail: Cocktail | Regularizer | str,
+        *,
+        monitor: str | None = None,
+        model: str | None = None,
+        example: Any = None,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
+        task: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.cocktail, self.monitor, self.model, self.example = as_cocktail(cocktail), monitor, model, example
+        self.seed = seed
+        refuse_deaf(self.cocktail, monitor)
+        self._settings: dict[str, Any] = {"loss": loss, "task": task}
+        self._run: Run | None = None
+        self._names: set[str] = set()
+        self._place: int | None = None
+        self.heard = self.finished = self._fitting = self._attached = False
+
+    @property
+    def run(self) -> Run:
+        """The run on the model."""
+        if self._run is None:
+            raise GoodfitError("Regularization has no run yet: it is made where trainer.fit sets up its callbacks.")
+        return self._run
+
+    @property
+    def stopped(self) -> str:
+        """Why the cocktail ended the training, "" where it did not."""
+        return "" if self._run is None else self._run.stopped
+
+    @property
+    def state_key(self) -> str:
+        """Apart for several callbacks on one metric, and the same for another patience."""
+        return self._generate_state_key(monitor=self.monitor, place=id(self) if self._place is None else self._place)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        beside = [one for one in trainer.callbacks if isinstance(one, Regularization)]
+        self._place, self._fitting = beside.index(self), stage == "fit"
+        if self is not beside[0]:
+            refuse_second(self.cocktail)
+            self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
+        if self._fitting:
+            self._refuse(trainer, pl_module)
+            if not any(isinstance(one, _Restore) and one.owner is self for one in trainer.callbacks):
+                trainer.callbacks.append(_Restore(self))
+        if self._run is None:
+            self._run = self._make(trainer, pl_module)
+            self._names = {name for name, _ in self._run.model.named_parameters()}
+
+    def _make(self, trainer: Any, pl_module: Any) -> Run:
+        """On the device and in the precision of the training, which Lightning would see to only later."""
+        part = self._part(pl_module)
+        example = pl_module.example_input_array if self.example is None else self.example
+        builder = next(self.cocktail.of(Build), None)
+        if builder is not None and example is None:
+            raise GoodfitError(
+                f"{builder} acts before the optimizer is made, and needs an input batch: Regularization(..., example=x)."
+            )
+        device = trainer.strategy.root_device
+        trainer.precision_plugin.convert_module(pl_module.to(device))
+        if example is not None:
+            example = trainer.precision_plugin.convert_input(mapped(example, lambda t: t.to(device)))
+        return Run(self.cocktail, part, example=example, seed=self.seed, **self._settings)
+
+    def _part(self, pl_module: Any) -> nn.Module:
+        if self.model is not None:
+            return submodule(pl_module, self.model)
+        if type(pl_module).forward is not _lightning.LightningModule.forward:
+            return pl_module
+        weighty = [child for child in pl_module.children() if any(True for _ in child.parameters())]
+        if len(weighty) == 1 and not pl_module._parameters:
+            return weighty[0]
+        if any(self.cocktail.of(Build)):
+            raise GoodfitError(
+                f"{type(pl_module).__name__} has no forward that the example could go through; give it one, or say which "
+                "of its parts is the model: Regularization(..., model='net')."
+            )
+        return pl_module
+
+    def _refuse(self, trainer: Any, pl_module: Any) -> None:
+        strategy = type(trainer.strategy).__name__
+        if self._attached:
+            raise GoodfitError("A Regularization serves one trainer.fit, and this one has; make another for the next.")
+        refuse_sharded(pl_module)
+        if strategy in _SHARDED:
+            raise GoodfitError(f"{strategy} shards the weights, of which a regularizer needs the whole; use strategy='ddp'.")
+        if trainer.gradient_clip_val:
+            setting = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
+            refuse_clipping(self.cocktail, setting, "leave gradient_clip_val out")
+        twice = next((one for one in self.cocktail.of(Gradient) if one.twice), None)
+        if twice is not None and trainer.accumulate_grad_batches > 1:
+            raise GoodfitError(
+                f"{twice} takes the gradient of a step twice, and Lightning would take only the last of its "
+                f"{trainer.accumulate_grad_batches} batches again; leave accumulate_grad_batches out."
+            )
+        deaf = next(self.cocktail.of(Epoch), None)
+        if deaf is not None and not trainer.enable_validation:
+            raise GoodfitError(f"{deaf} hears the validation, and there is none; give a validation_step and val_dataloaders.")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        new = sorted({name for name, _ in self.run.model.named_parameters()} ^ self._names)
+        if new:
+            raise GoodfitError(
+                f"{new[0]} was made or removed after the regularization, which acts before LightningModule.setup and "
+                "configure_model; make the layers in __init__."
+            )
+        self.run.attach(*trainer.optimizers)
+        self._attached = True
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = trainer.should_stop or bool(self.stopped)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        score = monitored(trainer.callback_metrics, self.monitor, "the Trainer")
+        go_on = self.run.epoch(trainer.strategy.reduce(score, reduce_op="mean"))  # all processes decide on one number
+        self.heard = True
+        trainer.should_stop = trainer.should_stop or not go_on
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._run is None:
+            return {}
+        told = {"cocktail": repr(self.cocktail), "stopped": self.stopped, "finished": self.finished}
+        return {"run": self._run.state_dict(), **told}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self._fitting and self.state_key not in checkpoint["callbacks"]:
+            raise GoodfitError(
+                f"The checkpoint has no {self.state_key}: it was written without this callback, or with another monitor; "
+                "to start anew from its weights, load them into the module and leave ckpt_path out."
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._fitting:
+            return
+        if state_dict["finished"]:
+            raise GoodfitError(
+                "The checkpoint was written after the best weights were restored, so nothing can go on from it as if it had "
+                "not ended; give ckpt_path one of during the training."
+            )
+        self.run.load_state_dict(state_dict["run"])
+        self.heard = bool(state_dict["run"]["heard"])
+        if state_dict["cocktail"] == repr(self.cocktail):  # what stopped may go on with another patience
+            self.run.stopped = state_dict["stopped"]
+
+    def finish(self, batches: Any) -> None:
+        """Restore the best; called when Lightning's own checkpoints of the last step are written."""
+        self.run.finish(batches)
+        self.finished = True
+
+
+class _Restore(_lightning.Callback):  # type: ignore[misc, name-defined]
+    """The end of a Regularization, behind all checkpoint callbacks: they save what trains, and not what is kept."""
+
+    def __init__(self, owner: Regularization) -> None:
+        self.owner = owner
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.owner.finish(trainer.train_dataloader)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.owner.heard and not self.owner.finished:
+            try:
+                self.owner.finish(trainer.train_dataloader)
+            except GoodfitError as wrong:
+                warnings.warn(
+                    f"After {type(exception).__name__} the best was not restored: {wrong}", GoodfitWarning, stacklevel=2
+                )

@@ -1,0 +1,175 @@
+"""skorch: a callback that regularizes a net's training, hears its validation, and ends it with the best weights.
+
+net = NeuralNetClassifier(Module, callbacks=[Regularization("L2(1e-4), Dropout(0.3), EarlyStopping(5)")])
+net.fit(X, y)
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from goodfit.adapters.host import imported, monitored, refuse_clipping
+from goodfit.cocktail import Cocktail, as_cocktail
+from goodfit.data import peek
+from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.hooks import lacking
+from goodfit.phases import Build, Epoch, Regularizer
+from goodfit.run import Run
+
+__all__ = ["Regularization"]
+
+_skorch = imported("skorch", "skorch")
+
+
+class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-defined]
+    """One cocktail on the `module_` of a skorch net.
+
+    monitor: the column of the history that is the score; lower is better unless EarlyStopping says mode="max". example: an
+    input batch for insertion, else the first of the training data. seed: of all noise. The run is at `net.goodfit_.run`; its
+    loss function is the net's. `Checkpoint(f_goodfit=...)` saves its state, and `LoadInitState` behind it loads that.
+    """
+
+    def __init__(
+        self,
+        cocktail: Cocktail | Regularizer | str,
+        *,
+        monitor: str = "valid_loss",
+        example: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.cocktail = cocktail
+        self.monitor = monitor
+        self.example = example
+        self.seed = seed
+        self.run_: Run | None = None
+        self.state_: dict[str, Tensor] = {}
+        self.held_: list[Optimizer] = []
+        self.data_: Any = None
+        self.epochs_, self.saved_ = 0, False
+
+    @property
+    def run(self) -> Run:
+        """The run of the training that is on, or was last."""
+        if self.run_ is None:
+            raise GoodfitError(
+                "A run begins with the training: call net.fit(X, y), or regularization.prepare(net, X) before it."
+            )
+        return self.run_
+
+    @property
+    def stopped(self) -> str:
+        """Why the training was stopped, "" where it was not."""
+        return self.run.stopped
+
+    def prepare(self, net: Any, X: Any = None, y: Any = None) -> None:
+        """Make the run of an initialized net; call it yourself to load weights that were saved with inserted layers."""
+        net.goodfit_ = self
+        model = getattr(net.module_, "_orig_mod", net.module_)
+        mix = as_cocktail(self.cocktail)
+        optimizers = {name: one for name, one in vars(net).items() if isinstance(one, Optimizer)}
+        before = self.run_
+        same = before is not None and before.model is model
+        if before is not None and same and before.cocktail == mix and self.held_ == list(optimizers.values()):
+            return
+        if any(isinstance(one, _skorch.callbacks.GradientNormClipping) for _, one in net.callbacks_):
+            refuse_clipping(mix, "GradientNormClipping", "leave the callback out")
+        state = before.state_dict() if before is not None and same else self.state_
+        if before is not None:
+            before.detach()
+        example = self._example(net, X, y) if any(mix.of(Build)) else None
+        self.run_ = Run(mix, model, loss=partial(net.get_loss, training=True), example=example, seed=self.seed)
+        if lacking(model, optimizers.values()):
+            _deal(net, optimizers)
+        self.run_.attach(*optimizers.values())
+        self.held_ = list(optimizers.values())
+        if net.history and state:
+            self._carry(state)
+
+    def _carry(self, state: dict[str, Tensor]) -> None:
+        """A training that goes on keeps its state, also under other numbers, but not under other regularizers."""
+        if state.keys() == self.run.state_dict().keys():
+            self.run.load_state_dict(state)
+        else:
+            told = f"The training goes on with other regularizers, which start anew: {self.run.cocktail}."
+            warnings.warn(told, GoodfitWarning, stacklevel=4)
+
+    def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        self.prepare(net, X, y)
+        self.run.stopped = ""  # a training that was stopped and goes on is asked anew
+        self.epochs_, self.data_ = 0, None
+
+    def on_epoch_begin(self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any) -> None:
+        self.data_, self.saved_ = dataset_train, False
+        deaf = next(self.run.cocktail.of(Epoch), None)
+        if deaf is not None and dataset_valid is None and self.monitor == "valid_loss":
+            raise GoodfitError(
+                f"{deaf} needs a validation, and the net has train_split=None; give it a train_split, as in "
+                "train_split=ValidSplit(5), or name another column of the history, as in monitor='train_loss'."
+            )
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        self.epochs_ += 1
+        if not any(self.run.cocktail.of(Epoch)):
+            return
+        row = {name: value for name, value in net.history[-1].items() if isinstance(value, float)}
+        score = monitored(row, self.monitor, "the history, before Regularization,")
+        if self.saved_:
+            warnings.warn(
+                "The checkpoint of this epoch was saved before its score was heard, so what resumes from it has heard one "
+                "check less; put Checkpoint behind Regularization.",
+                GoodfitWarning,
+                stacklevel=2,
+            )
+        if not self.run.epoch(score, train_loss=row.get("train_loss")):
+            if net.verbose:
+                print(f"Stopping: {self.stopped}")
+            raise KeyboardInterrupt  # which is how skorch's own early stopping ends a training
+
+    def on_train_end(self, net: Any, **kwargs: Any) -> None:
+        batches = None if self.data_ is None else net.get_iterator(self.data_, training=False)
+        try:
+            self.run.finish(batches)
+        except GoodfitError:
+            if self.epochs_:  # else it was interrupted before there was anything to give back
+                raise
+        self.data_ = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the run must remember, for `Checkpoint(f_goodfit=...)`."""
+        self.saved_ = True
+        return self.run.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken; the numbers of the cocktail are those of now."""
+        self.run.load_state_dict(saved)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied optimizer has lost its hooks, so the run of a copied net is made again, from its state."""
+        state = self.state_ if self.run_ is None else {name: t.cpu() for name, t in self.run_.state_dict().items()}
+        return {**vars(self), "run_": None, "state_": state, "held_": [], "data_": None}
+
+    def _example(self, net: Any, X: Any, y: Any) -> Any:
+        x = self.example
+        if x is None:
+            with torch.random.fork_rng(devices=[]):  # a loader draws a seed for its workers
+                x, _ = _skorch.dataset.unpack_data(peek(net.get_iterator(net.get_dataset(X, y), training=False)))
+        return _skorch.utils.to_tensor(x, device=net.device)
+
+
+def _deal(net: Any, optimizers: dict[str, Optimizer]) -> None:
+    """Give the optimizers the parameters of inserted layers too, as the net deals them; schedulers hold these very objects."""
+    net.initialize_optimizer()
+    for name, one in optimizers.items():
+        dealt = getattr(net, name).param_groups
+        if len(dealt) == len(one.param_groups):
+            for group, other in zip(one.param_groups, dealt, strict=True):
+                group["params"] = other["params"]
+        else:  # a pattern of the net names inserted layers
+            one.param_groups[:] = dealt
+        setattr(net, name, one)
