@@ -77,7 +77,7 @@ def curve(folder: Path, name: str, setup: str, seed: int) -> list[dict[str, Any]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     order, loss, rows = torch.Generator().manual_seed(seed), loss_of(task), []
     for epoch in range(1, EPOCHS + 1):
-        index = torch.randperm(len(y), generator=order).split(BATCH)
+        index = torch.split(torch.randperm(len(y), generator=order), BATCH)
         batches = [(x[rows], y[rows]) for rows in index if len(rows) > 1]
         row: dict[str, Any] = {"table": name, "setup": setup, "seed": seed, "epoch": epoch, "steps": epoch * len(batches)}
         row["train"] = train_epoch(run, optimizer, batches, None)

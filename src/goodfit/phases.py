@@ -211,12 +211,27 @@ class Epoch(Regularizer):
         """Why this regularizer does not want to go on."""
         return f"{self} asked to stop"
 
+    def why(self, state: State) -> Any:
+        """The same in one word, a `gf.stop.Reason`."""
+        return None
+
+    def refuse(self, report: Report, call: str) -> None:
+        """Refuse a report that lacks something, and say how the `call` tells it."""
+
+    def rolls_back(self, report: Report) -> bool:
+        """Whether the model goes on from what `kept` gives."""
+        return False
+
 
 class Finish(Regularizer):
     """Weights and buffers → weights and buffers, at the end; pure, may be asked at any epoch."""
 
     averages: ClassVar[bool] = False
     """Whether the weights are ones that no training step has run on, so that batch norms need new statistics."""
+
+    def restores(self, state: State) -> bool:
+        """Whether it gives back a model of before, statistics included."""
+        return False
 
     @abstractmethod
     def finish(self, weights: Weights, buffers: Weights, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.batchnorms.recalibrate import recalibrate, to_recalibrate
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, listed
 from goodfit.noise import Clock, Noisy
-from goodfit.phases import Build, Finish, Regularizer, State
+from goodfit.phases import Build, Epoch, Penalty, Regularizer, State, Step
 from goodfit.processes import rank
 from goodfit.surgery.snapshot import Snapshot
-from goodfit.tensors import load_tensors, tensors_of
+from goodfit.tensors import tensors_of
 
 __all__ = ["Plan"]
 
@@ -23,10 +22,11 @@ class Plan:
     """Which regularizer acts on what, and what it remembers.
 
     active: the regularizers that are switched on, by their key ("0.L2"). chosen: the weights of each. states: its dict.
+    apart: whether the best weights are kept elsewhere than in the state of an Epoch phase.
     """
 
-    def __init__(self, cocktail: Cocktail, model: nn.Module, seed: int) -> None:
-        self.model, self.seed = model, seed
+    def __init__(self, cocktail: Cocktail, model: nn.Module, seed: int, apart: bool = False) -> None:
+        self.model, self.seed, self.apart = model, seed, apart
         self.clock = Clock()
         self.active = {f"{i}.{type(r).__name__}": r for i, r in enumerate(cocktail) if not r.off}
         for one in self.active.values():
@@ -53,6 +53,14 @@ class Plan:
     def waiting(self) -> bool:
         """Whether the model is still to be built."""
         return self._waiting is not None
+
+    def refuse_waiting(self) -> None:
+        """Refuse to train a model that is still to be built."""
+        if self.waiting:
+            builder = next(r for r in self.active.values() if isinstance(r, Build))
+            raise GoodfitError(
+                f"{builder} is not built: {type(self.model).__name__} has not run yet, or was refused; give Run an example=."
+            )
 
     def build_if_waiting(self, example: Any) -> None:
         """Take the first batch as the example; where it is refused, the next one."""
@@ -90,7 +98,8 @@ class Plan:
                 has = listed(weights) or "none"
                 raise GoodfitError(f"{type(one).__name__} matched no weights (where={where}); the model has: {has}.")
             acting[key] = one.on(self.model)
-            self.states[key] = one.init({n: weights[n] for n in self.chosen[key]}, buffers)
+            none = self.apart and isinstance(one, Epoch)
+            self.states[key] = one.init({n: weights[n] for n in self.chosen[key] if not none}, {} if none else buffers)
         self.active = acting
 
     def _bind(self) -> None:
@@ -99,29 +108,13 @@ class Plan:
             if isinstance(layer, Noisy):
                 layer.bind(name, self.seed, self.clock, rank())
 
-    def finish(self, batches: Any) -> None:
-        """Finish regularizers on the model's weights and buffers, in place; where the last that changed weights has averaged
-        them, the batch norms get their statistics from `batches`."""
-        weights, buffers = tensors_of(self.model)
-        now, averager = {**weights, **buffers}, None
-        for key, one in self.of(Finish):
-            before = weights
-            weights, buffers = one.finish(weights, buffers, self.states[key])
-            if not all(torch.equal(w, before[name]) for name, w in weights.items()):
-                averager = one if one.averages else None
-        renew = averager is not None and to_recalibrate(self.model)
-        if renew and batches is None:
-            raise GoodfitError(
-                f"{averager} averages weights, for which batch norms need other statistics: run.finish(batches=train_loader)."
-            )
-        now = {name: t.clone() for name, t in now.items()} if renew else {}
-        load_tensors(self.model, weights, buffers)
-        try:
-            if renew:
-                recalibrate(self.model, batches)
-        except BaseException:
-            load_tensors(self.model, now, {})
-            raise
+    @torch.no_grad()
+    def penalty(self) -> float:
+        """The sum of all penalties at the weights of now."""
+        weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        acting = [(key, one) for kind in (Penalty, Step) for key, one in self.of(kind)]
+        chosen = {key: {n: weights[n] for n in self.chosen[key] if n in weights} for key, _ in acting}
+        return float(sum(float(one.penalty(chosen[key], self.states[key])) for key, one in acting if chosen[key]))
 
     def tick(self) -> None:
         """One optimizer step is complete."""

@@ -14,6 +14,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +23,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from goodfit.beside import Beside
+from goodfit.checks import Checks
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.errors import GoodfitError
 from goodfit.hooks import hook, unwrapped
-from goodfit.losses import loss_of, score_of
+from goodfit.losses import loss_of
 from goodfit.noise import Noise
-from goodfit.phases import Batch, Build, Epoch, Gradient, Loss, Penalty, Regularizer, Report, State, Step
+from goodfit.phases import Batch, Gradient, Loss, Regularizer, State
 from goodfit.plan import Plan
 from goodfit.processes import rank, world
+from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import call_model
-from goodfit.tensors import tensors_of
+from goodfit.views import Views
 
 __all__ = ["Run"]
 
@@ -40,7 +44,8 @@ class Run:
 
     cocktail: the mix, one regularizer, or its text. model: edited in place by Build regularizers, `run.model is model`.
     loss: f(outputs, y) → mean over the rows, needed for `run.loss` alone; task ("classes" or "numbers") names the usual one.
-    example: an input batch for insertion, else the first batch that the model sees. seed: of all noise.
+    example: an input batch for insertion, else the first batch that the model sees. seed: of all noise. keep: a file for
+    the best weights, in place of memory.
     """
 
     def __init__(
@@ -52,17 +57,19 @@ class Run:
         example: Any = None,
         task: str | None = None,
         seed: int = 0,
+        keep: str | Path | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise GoodfitError(f"Run takes a cocktail and a torch.nn.Module, in this order, got a {type(model).__name__}.")
         self.cocktail = as_cocktail(cocktail)
         self.model = model
-        self.stopped = ""
         self._loss = loss if loss is not None or task is None else loss_of(task)
-        self._plan = Plan(self.cocktail, model, seed)
+        self._plan = Plan(self.cocktail, model, seed, apart=keep is not None)
+        self._views = Views(self._plan, keep)
+        self._checks = Checks(self._plan, self._views)
         self._plan.prepare(example)
         self._beside = Beside(self._plan)
-        self.attached = self._heard = False
+        self.attached = False
         self._seen: set[str] = set()
         self._draws = (-1, 0, 0)
         self._micro: list[tuple[Any, Tensor, nn.Module | None]] = []
@@ -120,29 +127,40 @@ class Run:
         self.after_step(optimizer)
         self._seen.add("step")
 
-    def epoch(self, score: float | Tensor, *, train_loss: float | None = None, stderr: float | None = None) -> bool:
-        """Tell the validation score of an epoch; whether to go on. Lower is better unless mode="max" was said."""
-        if self._heard:
-            self._refuse_standstill()
-        self._heard = True
-        report = Report(score_of(score), *(None if n is None else score_of(n) for n in (train_loss, stderr)))
-        weights, buffers = tensors_of(self.model)
-        for key, one in self._plan.of(Epoch):
-            go_on, self._plan.states[key] = one.epoch(report, weights, buffers, self._plan.states[key])
-            if not go_on and not self.stopped:
-                self.stopped = one.reason(self._plan.states[key])
-        return not self.stopped
+    @property
+    def stopped(self) -> str:
+        """Why the run does not want to go on, with numbers; "" while it does."""
+        return self._checks.stopped
+
+    @property
+    def reason(self) -> Reason | None:
+        """The same in one word, None while it goes on."""
+        return self._checks.reason
+
+    def view(self, batches: Any = None) -> AbstractContextManager[None]:
+        """The model as a training gives it, to be scored within: averaged, with statistics of `batches`, or as it is."""
+        return self._views.view(batches)
+
+    def epoch(self, score: Any, *, train_loss: Any = None, stderr: Any = None, evidence: Any = None) -> bool:
+        """Tell the validation score of an epoch, or of any check; whether to go on.
+
+        Lower is better unless mode="max" was said. stderr: of the score; evidence: `gf.stop.evidence`; for the criteria that
+        need them. Processes that train together hear one score, the mean of theirs.
+        """
+        others = {"train_loss": train_loss, "stderr": stderr, "evidence": evidence}
+        return self._checks.hear(score, others, self._beside.optimizers)
+
+    def go_on(self) -> None:
+        """Ask anew in a training that was stopped and goes on, as with another patience."""
+        self._checks.stopped, self._checks.reason = "", None
 
     def finish(self, batches: Any = None) -> nn.Module:
-        """The model to keep: Finish regularizers on its weights and buffers, in place.
+        """The model to keep: averages, then the best that was scored, on its weights and buffers, in place.
 
         batches: the training data, from which batch norms get their statistics where weights are averaged.
         """
-        deaf = [type(r).__name__ for _, r in self._plan.of(Epoch)]
-        if deaf and not self._heard:
-            raise GoodfitError(f"{deaf[0]} has heard no score; call run.epoch(score) after each validation.")
-        self._refuse_standstill()
-        self._plan.finish(batches)
+        self._checks.refuse_end()
+        self._views.finish(batches)
         return self.model
 
     def attach(self, *optimizers: Optimizer) -> Run:
@@ -170,24 +188,21 @@ class Run:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a run must remember between two steps, as flat tensors; `load_state_dict` takes it back."""
-        return {"heard": torch.tensor(self._heard), **self._plan.state_dict()}
+        return {**self._checks.state_dict(), **self._plan.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken, on a run of the same cocktail and a model of the same weights."""
-        self._plan.load_state_dict({name: t for name, t in saved.items() if name != "heard"})
-        self._heard = bool(saved.get("heard", False))
+        own = self._checks.state_dict().keys()
+        self._plan.load_state_dict({name: t for name, t in saved.items() if name not in own})
+        self._checks.load_state_dict({name: t for name, t in saved.items() if name in own})
 
     def states(self, kind: type[Any]) -> list[tuple[Any, State]]:
         """The active regularizers of one kind with their states."""
         return [(one, self._plan.states[key]) for key, one in self._plan.of(kind)]
 
-    @torch.no_grad()
     def penalty(self) -> float:
         """The sum of all penalties at the weights of now: what the objective has beside the loss."""
-        weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        acting = [(key, one) for kind in (Penalty, Step) for key, one in self._plan.of(kind)]
-        chosen = {key: {n: weights[n] for n in self._plan.chosen[key] if n in weights} for key, _ in acting}
-        return float(sum(float(one.penalty(chosen[key], self._plan.states[key])) for key, one in acting if chosen[key]))
+        return self._plan.penalty()
 
     def before_step(self, optimizer: Optimizer, redo: Callable[[], Any] | None) -> None:
         """`gradient` for the hooks; `redo` is the loop's closure, where it has one."""
@@ -210,25 +225,13 @@ class Run:
         self._draws = (*now, self._draws[2] + 1 if self._draws[:2] == now else 0)
         return self._draws[2]
 
-    def _refuse_standstill(self) -> None:
-        acting = [r for kind in (Penalty, Gradient, Step) for _, r in self._plan.of(kind)]
-        if acting and self._plan.clock.step == 0:
-            raise GoodfitError(
-                f"{acting[0]} has not acted: no optimizer step has reached this run; call run.attach(optimizer) with the very "
-                "optimizer that steps (a copied one has lost its hooks)."
-            )
-
     def _refuse_attached(self, call: str) -> None:
         if self.attached:
             raise GoodfitError(f"run.{call} acts by itself since run.attach(optimizer); remove the call.")
 
     def _ready(self, optimizer: Optimizer, redo: Any) -> None:
         """Refuse, at the first step, a cocktail of which a part would be dropped."""
-        if self._plan.waiting:
-            builder = next(r for r in self._plan.active.values() if isinstance(r, Build))
-            raise GoodfitError(
-                f"{builder} is not built: {type(self.model).__name__} has not run yet, or was refused; give Run an example=."
-            )
+        self._plan.refuse_waiting()
         if not any(optimizer is known for known in self._beside.optimizers):
             self._beside.meet(optimizer)
         elif not self._beside.covered:

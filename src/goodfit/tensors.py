@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_tensors", "put", "tensors_of", "truth"]
+__all__ = ["from_text", "load_tensors", "put", "tensors_of", "to_text", "truth"]
 
 
 def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -37,3 +37,13 @@ def truth(flag: Tensor) -> bool | None:
     if flag.ndim or torch._C._functorch.is_functorch_wrapped_tensor(flag):
         return None
     return bool(flag)
+
+
+def from_text(text: str) -> Tensor:
+    """A text as a tensor, for a state of tensors."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def to_text(tensor: Tensor) -> str:
+    """The text that `from_text` took."""
+    return bytes(tensor.tolist()).decode()

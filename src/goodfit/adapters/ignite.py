@@ -75,7 +75,8 @@ class Regularization:
 
     def _start(self, trainer: Engine) -> None:
         """A training that was stopped and is run again is asked anew."""
-        self.run.stopped, self._heard = "", (-1, None)
+        self.run.go_on()
+        self._heard = (-1, None)
 
     def _hear(self, evaluator: Engine) -> None:
         """One check; data that is evaluated when no training is on, or again for the same weights, is none."""

@@ -159,7 +159,7 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
     def state_dict(self) -> dict[str, Any]:
         if self._run is None:
             return {}
-        told = {"cocktail": repr(self.cocktail), "stopped": self.stopped, "finished": self.finished}
+        told = {"cocktail": repr(self.cocktail), "finished": self.finished}
         return {"run": self._run.state_dict(), **told}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -179,8 +179,8 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
             )
         self.run.load_state_dict(state_dict["run"])
         self.heard = bool(state_dict["run"]["heard"])
-        if state_dict["cocktail"] == repr(self.cocktail):  # what stopped may go on with another patience
-            self.run.stopped = state_dict["stopped"]
+        if state_dict["cocktail"] != repr(self.cocktail):  # what stopped may go on with another patience
+            self.run.go_on()
 
     def finish(self, batches: Any) -> None:
         """Restore the best; called when Lightning's own checkpoints of the last step are written."""

@@ -101,7 +101,7 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         self.prepare(net, X, y)
-        self.run.stopped = ""  # a training that was stopped and goes on is asked anew
+        self.run.go_on()
         self.epochs_, self.data_ = 0, None
 
     def on_epoch_begin(self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any) -> None:

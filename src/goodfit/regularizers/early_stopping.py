@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from goodfit.errors import GoodfitError
 from goodfit.hyper import hyper, lifted
 from goodfit.phases import Epoch, Finish, Report, State, Weights
-from goodfit.regularizers.watch import Watch, named
+from goodfit.regularizers.best_file import named
+from goodfit.regularizers.watch import Watch
 from goodfit.stop.criterion import Criterion, Reason, below, refuse_missing, under
 from goodfit.stop.patience import Patience
 from goodfit.tensors import truth
@@ -167,6 +168,10 @@ class EarlyStopping(Epoch, Finish):
             return {name: torch.where(found.to(t.device), state[f"{kind}.{name}"].to(t.device), t) for name, t in now.items()}
 
         return best("weights", weights), best("buffers", buffers)
+
+    def restores(self, state: State) -> bool:
+        off = not isinstance(self.patience, Criterion) and bool(torch.as_tensor(self.patience) == math.inf)
+        return self.restore and not off and int(state["best_check"]) > 0
 
     def rolls_back(self, report: Report) -> bool:
         """Whether the best weights go back into the model after this report: load what `kept` gives."""

@@ -6,21 +6,20 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from goodfit import kept
 from goodfit.errors import GoodfitError
 from goodfit.losses import score_of
 from goodfit.phases import Report, State, Weights
-from goodfit.processes import rank
+from goodfit.regularizers.best_file import BestFile
 from goodfit.stop.agreement import reduced
 from goodfit.stop.criterion import Reason
-from goodfit.tensors import load_tensors, tensors_of
+from goodfit.tensors import from_text, load_tensors, tensors_of, to_text
 
-__all__ = ["Watch", "named"]
+__all__ = ["Watch"]
 
 
 class _Stopping(Protocol):
@@ -51,7 +50,7 @@ class Watch:
         if not isinstance(model, nn.Module):
             raise GoodfitError(f"watch takes a torch.nn.Module, got a {type(model).__name__}.")
         self.stopping, self.model = stopping, model
-        self.file = None if keep is None else _file(keep)
+        self.file = None if keep is None else BestFile(keep, stopping)
         self.state = stopping.init(*self._tensors())
         self.stopped = ""
         self.reason: Reason | None = None
@@ -77,7 +76,7 @@ class Watch:
         go_on, self.state = self.stopping.epoch(report, *self._tensors(), self.state)
         self.history.append(float(report.score))
         if self.file is not None and int(self.state["best_check"]) != before:
-            kept.write(self.file, {**named(*tensors_of(self.model)), **self._mark()})
+            self.file.write(*tensors_of(self.model), self.state)
         if self.stopping.rolls_back(report):
             self._put_back()
         if not go_on and not self.stopped:
@@ -96,10 +95,8 @@ class Watch:
 
     def restore(self) -> nn.Module:
         """Put the best weights and buffers back into the model."""
-        if self.file is None:
-            load_tensors(self.model, *self.stopping.finish(*tensors_of(self.model), self.state))
-        elif self.stopping.restore:
-            self._put_back()
+        weights, buffers = tensors_of(self.model)
+        load_tensors(self.model, *self.stopping.finish(weights, buffers, self._whole(weights, buffers)))
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -108,8 +105,8 @@ class Watch:
             "step": torch.tensor(self._step, dtype=torch.float64),
             "seconds": torch.tensor(time.monotonic() - self._began, dtype=torch.float64),
             "history": torch.tensor(self.history, dtype=torch.float64),
-            "stopped": _bytes(self.stopped),
-            "reason": _bytes(self.reason.name if self.reason else ""),
+            "stopped": from_text(self.stopped),
+            "reason": from_text(self.reason.name if self.reason else ""),
         }
         return {name: t.clone() for name, t in self.state.items()} | {f"watch.{name}": t for name, t in own.items()}
 
@@ -125,7 +122,7 @@ class Watch:
                 raise GoodfitError(f"The state of another model: {name!r} must have shape {shapes}; make the same model first.")
         self.state = {name: torch.empty_like(t).copy_(saved[name]) for name, t in self.state.items()}
         self.history = saved["watch.history"].tolist()
-        self.stopped, why = _text(saved["watch.stopped"]), _text(saved["watch.reason"])
+        self.stopped, why = to_text(saved["watch.stopped"]), to_text(saved["watch.reason"])
         self.reason = Reason[why] if why else None
         self._step, self._began = float(saved["watch.step"]), time.monotonic() - float(saved["watch.seconds"])
 
@@ -145,47 +142,8 @@ class Watch:
     def _put_back(self) -> None:
         """The best into the model, where there is one."""
         weights, buffers = tensors_of(self.model)
-        if self.file is None:
-            load_tensors(self.model, *self.stopping.kept(weights, buffers, self.state))
-        elif self.best_check:
-            load_tensors(self.model, *self._from_file(weights, buffers))
+        load_tensors(self.model, *self.stopping.kept(weights, buffers, self._whole(weights, buffers)))
 
-    def _from_file(self, weights: Weights, buffers: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        assert self.file is not None
-        found = kept.read(self.file)
-        expected = {**named(weights, buffers), **self._mark()}
-        odd = sorted(found.keys() ^ expected.keys()) or [n for n, t in expected.items() if found[n].shape != t.shape]
-        if odd:
-            raise GoodfitError(f"{str(self.file)!r} holds the weights of another model: {odd[0]!r} does not match.")
-        if any(not torch.equal(found[name], t) for name, t in self._mark().items()):
-            raise GoodfitError(
-                f"{str(self.file)!r} holds the best of another run: check {int(found['check'])} with "
-                f"{float(found['score']):.6g}, not check {self.best_check} with {self.best:.6g}; give each its own file."
-            )
-        return {n: found[f"weights.{n}"] for n in weights}, {n: found[f"buffers.{n}"] for n in buffers}
-
-    def _mark(self) -> dict[str, Tensor]:
-        """What tells the file of one run from that of another."""
-        return {"check": self.state["best_check"], "score": self.state["best"] * self.stopping.sign}
-
-
-def named(weights: Weights, buffers: Weights) -> dict[str, Tensor]:
-    """All tensors of a model under the names that the state has for them."""
-    return {**{f"weights.{n}": w for n, w in weights.items()}, **{f"buffers.{n}": b for n, b in buffers.items()}}
-
-
-def _file(keep: Any) -> Path:
-    if not isinstance(keep, str | Path):
-        raise GoodfitError(f"keep must be the path of a file for the best weights, got a {type(keep).__name__}.")
-    path = Path(keep)
-    if path.is_dir() or not path.parent.is_dir():
-        raise GoodfitError(f"keep must be the path of a file in a folder that is there, got {str(keep)!r}.")
-    return path.with_name(f"{path.stem}.rank{rank()}{path.suffix}") if rank() else path
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def _text(numbers: Tensor) -> str:
-    return bytes(numbers.tolist()).decode()
+    def _whole(self, weights: Weights, buffers: Weights) -> State:
+        """The state with what is kept, also where a file has that."""
+        return self.state if self.file is None else {**self.state, **self.file.read(weights, buffers, self.state)}

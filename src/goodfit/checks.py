@@ -1,0 +1,105 @@
+"""The checks of a run: what its Epoch phases hear of a validation, and why they stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from goodfit.errors import GoodfitError
+from goodfit.losses import score_of
+from goodfit.phases import Epoch, Gradient, Penalty, Report, Step
+from goodfit.plan import Plan
+from goodfit.stop.agreement import reduced
+from goodfit.stop.criterion import Reason
+from goodfit.tensors import from_text, tensors_of, to_text
+from goodfit.views import Views
+
+__all__ = ["Checks"]
+
+
+class Checks:
+    """What a run hears. stopped: why it does not go on, "" while it does. reason: the same in one word."""
+
+    def __init__(self, plan: Plan, views: Views) -> None:
+        self.plan, self.views = plan, views
+        self.heard = False
+        self.stopped = ""
+        self.reason: Reason | None = None
+        self._began = time.monotonic()
+
+    def hear(self, score: Any, others: Mapping[str, Any], optimizers: Iterable[Optimizer]) -> bool:
+        """Tell all Epoch phases of one check; whether to go on."""
+        if self.heard:
+            self._refuse_standstill()
+        phases = self.plan.of(Epoch)
+        if phases and not self.views.inside:
+            raise GoodfitError(
+                "The cocktail averages weights, and what is scored must be what is kept; validate and call run.epoch within: "
+                "with run.view(train_loader):"
+            )
+        told = {"step": self.plan.clock.step, "seconds": time.monotonic() - self._began, **others}
+        own = Report(score_of(score), **{name: score_of(n) for name, n in told.items() if n is not None})
+        for _, one in phases:
+            one.refuse(own, "run.epoch")
+        report = reduced(own)
+        self.heard = True
+        for key, one in phases:
+            if not self._tell(key, one, report, optimizers) and not self.stopped:
+                self.stopped, self.reason = one.reason(self.plan.states[key]), one.why(self.plan.states[key])
+        return not self.stopped
+
+    def refuse_end(self) -> None:
+        """Refuse to end where a regularizer has waited in vain, for scores or for steps."""
+        deaf = next((one for _, one in self.plan.of(Epoch)), None)
+        if deaf is not None and not self.heard:
+            raise GoodfitError(f"{type(deaf).__name__} has heard no score; call run.epoch(score) after each validation.")
+        self._refuse_standstill()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be remembered between two checks."""
+        return {
+            "heard": torch.tensor(self.heard),
+            "seconds": torch.tensor(time.monotonic() - self._began, dtype=torch.float64),
+            "stopped": from_text(self.stopped),
+            "reason": from_text(self.reason.name if self.reason else ""),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.heard = bool(saved["heard"])
+        self._began = time.monotonic() - float(saved["seconds"])
+        self.stopped, reason = to_text(saved["stopped"]), to_text(saved["reason"])
+        self.reason = Reason[reason] if reason else None
+
+    def _refuse_standstill(self) -> None:
+        acting = [r for kind in (Penalty, Gradient, Step) for _, r in self.plan.of(kind)]
+        if acting and self.plan.clock.step == 0:
+            raise GoodfitError(
+                f"{acting[0]} has not acted: no optimizer step has reached this run; call run.attach(optimizer) with the very "
+                "optimizer that steps (a copied one has lost its hooks)."
+            )
+
+    def _tell(self, key: str, one: Any, report: Report, optimizers: Iterable[Optimizer]) -> bool:
+        weights, buffers = tensors_of(self.plan.model)
+        file, before = self.views.files.get(key), self.plan.states[key]
+        go_on, state = one.epoch(report, *(({}, {}) if file else (weights, buffers)), before)
+        if file is not None and int(state["best_check"]) != int(before["best_check"]):
+            file.write(weights, buffers, state)
+        self.plan.states[key] = state
+        if one.rolls_back(report):
+            self.views.roll_back(*one.kept(weights, buffers, self.views.whole(key)))
+            _forget_nonfinite(optimizers)
+        return bool(go_on)
+
+
+def _forget_nonfinite(optimizers: Iterable[Optimizer]) -> None:
+    """A moment that is nan would spoil the weights again at the next step."""
+    for optimizer in optimizers:
+        for weight, state in list(optimizer.state.items()):
+            if not all(t.isfinite().all() for t in state.values() if isinstance(t, Tensor) and t.is_floating_point()):
+                del optimizer.state[weight]
