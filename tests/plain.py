@@ -55,8 +55,9 @@ def plain(
     run = gf.Run(cocktail, model, example=X[:8], loss=F.mse_loss, seed=SEED)
     optimizer = make(model.parameters())
     run.attach(optimizer)
-    epoch = 0
-    for epoch in range(1, epochs + 1):
+    done = 0
+    while done < epochs:
+        done += 1
         model.train()
         for i, (x, y) in enumerate(loader()):
             x, y = run.batch(x, y) if through_run else (x, y)
@@ -67,7 +68,7 @@ def plain(
                 optimizer.zero_grad()
         if not run.epoch(score(model)):
             break
-    return run.finish(), run, epoch
+    return run.finish(), run, done
 
 
 def same(ours: nn.Module, theirs: nn.Module) -> bool:

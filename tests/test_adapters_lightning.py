@@ -1,4 +1,4 @@
-"""Lightning with the one callback equals the plain loop; killed and resumed it goes on as if nothing had been; else it refuses."""
+"""Lightning with the one callback equals the plain loop; killed and resumed as if it had not been; else it refuses."""
 
 from __future__ import annotations
 
@@ -177,13 +177,14 @@ def test_a_second_gradient_by_the_closure_of_lightning() -> None:
     optimizer = adam(model.parameters())
     run.attach(optimizer)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        return loss
+    for batch in loader():
 
-    for x, y in loader():
+        def closure(batch: Any = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
         optimizer.step(closure)
     module = Module()
     fit(module, regularization([Uphill(0.1), gf.Dropout(0.3)]), epochs=1)
@@ -358,9 +359,7 @@ def test_an_accident_before_the_first_score_leaves_the_error_alone() -> None:
 
 def test_checkpoints_that_cannot_go_on_are_refused(tmp_path: Any) -> None:
     fit(Module(), saver(tmp_path / "bare"), epochs=1)
-    with pytest.raises(
-        gf.GoodfitError, match=r"has no Regularization\{'monitor': 'valid_loss', 'place': 0\}: it was written wit"
-    ):
+    with pytest.raises(gf.GoodfitError, match=r"has no Regularization\{'monitor': 'valid_loss', 'place': 0\}: it was"):
         fit(Module(), regularization("L2(0.1), EarlyStopping(3)"), resume=tmp_path / "bare" / "last.ckpt")
     host = fit(Module(), regularization(), epochs=1)
     host.save_checkpoint(tmp_path / "end.ckpt")
@@ -421,9 +420,7 @@ def test_one_callback_serves_one_fit() -> None:
 
 
 def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:
-    with pytest.raises(
-        gf.GoodfitError, match="'valid_los' must name .*; the Trainer has: accuracy, valid_loss; did you mean valid_l"
-    ):
+    with pytest.raises(gf.GoodfitError, match=r"'valid_los' must name .* has: accuracy, valid_loss; did you mean valid_loss"):
         fit(Module(), regularization(monitor="valid_los"))
     with pytest.raises(gf.GoodfitError, match=r"EarlyStopping\(3\) needs the name of the metric"):
         Regularization("EarlyStopping(3)")
@@ -441,7 +438,7 @@ def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:
         (
             [Clip(0.5)],
             {"gradient_clip_val": 0.1},
-            r"Trainer\(gradient_clip_val=0\.1\) clips the gradient before Clip\(0\.5\) acts",
+            r"Trainer\(gradient_clip_val=0\.1\) clips the gradient before Clip",
         ),
         ([Uphill(0.5)], {"accumulate_grad_batches": 2}, r"Uphill\(0\.5\) .* take only the last of its 2 batches again"),
         ("EarlyStopping(3)", {"limit_val_batches": 0}, r"EarlyStopping\(3\) hears the validation, and there is none"),

@@ -111,8 +111,8 @@ class Beside:
             load_tensors(self.plan.model, before, kept)
             if not found:
                 raise GoodfitError(
-                    "A second gradient needs a closure that runs backward, got one that gives no gradient (Lightning makes such "
-                    "a one in manual optimization); give optimizer.step a closure with zero_grad, loss and backward."
+                    "A second gradient needs a closure that runs backward, got one that gives no gradient (Lightning makes one "
+                    "in manual optimization); give optimizer.step a closure with zero_grad, loss and backward."
                 )
             return grads
 

@@ -1,0 +1,433 @@
+"""The HF Trainer with the one callback equals the plain loop, killed and resumed as if it had not been; else it refuses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import goodfit as gf
+from plain import COCKTAIL, SEED, XV, YV, X, Y, adam, loader, net, plain, same, valid_loss
+from toys import Blur, Clip, Flood, Uphill
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from goodfit.adapters.transformers import Regularization  # noqa: E402
+
+MORE = COCKTAIL.replace("Stopping(3)", "Stopping(6)")
+
+
+@pytest.fixture(autouse=True)
+def single(strict: Any) -> Any:
+    """Hosts move data in single precision."""
+    torch.set_default_dtype(torch.float32)
+
+
+class Model(nn.Module):
+    """A model as the Trainer wants it: with its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        outputs = self.net(x)
+        return {"loss": F.mse_loss(outputs, labels), "logits": outputs}
+
+
+class Ordered(transformers.Trainer):
+    """Without shuffling, as the plain loop."""
+
+    def _get_train_sampler(self, *args: Any) -> None:
+        return None
+
+
+class InRun(Ordered):
+    """The same, with what acts on the batch and on the loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        if return_outputs or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        run = next(one.run for one in self.callback_handler.callbacks if isinstance(one, Regularization))
+        x, y = run.batch(inputs["x"], inputs["labels"])
+        return run.loss(x, y)
+
+
+def regularization(cocktail: Any = COCKTAIL, **settings: Any) -> Regularization:
+    given = {"monitor": "eval_loss", "model": "net", "example": X[:8], "loss": F.mse_loss, "seed": SEED}
+    return Regularization(cocktail, **given | settings)
+
+
+def rows(x: Tensor, y: Tensor) -> list[dict[str, Tensor]]:
+    return [{"x": one, "labels": other} for one, other in zip(x, y, strict=True)]
+
+
+def trainer(model: Any, *callbacks: Any, folder: Any, kind: Any = Ordered, data: Any = None, **settings: Any) -> Any:
+    given: dict[str, Any] = {
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.02,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "constant",
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    arguments = transformers.TrainingArguments(output_dir=str(folder), **given | settings)
+    valid = rows(XV, YV) if data is None else data
+    source = {"model_init": model} if isinstance(model, type) else {"model": model}
+    return kind(args=arguments, train_dataset=rows(X, Y), eval_dataset=valid, callbacks=list(callbacks), **source)
+
+
+def train(model: Any, *callbacks: Any, resume: Any = None, **settings: Any) -> Any:
+    host = trainer(model, *callbacks, **settings)
+    host.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return host
+
+
+# The same as the plain loop
+
+
+def test_weights_and_stop_epoch_are_those_of_the_plain_loop(tmp_path: Any) -> None:
+    model, run, epochs = plain()
+    hosted, ours = Model(), regularization()
+    assert train(hosted, ours, folder=tmp_path).state.epoch == epochs
+    assert 3 < epochs < 30
+    assert same(model, hosted.net)
+    assert ours.stopped == run.stopped != ""
+
+
+def test_without_a_stop_the_best_comes_back_too(tmp_path: Any) -> None:
+    model, _, epochs = plain(epochs=5)
+    hosted, ours = Model(), regularization()
+    host = train(hosted, ours, folder=tmp_path, num_train_epochs=5)
+    assert host.state.epoch == epochs == 5
+    assert ours.stopped == ""
+    assert same(model, hosted.net)
+    assert host.evaluate()["eval_loss"] == pytest.approx(valid_loss(model))
+    assert ours.run.states(gf.EarlyStopping)[0][1]["checks"] == 5  # an evaluation afterwards is none
+
+
+def test_the_fused_optimizer_that_the_trainer_makes_by_itself(tmp_path: Any) -> None:
+    """It rounds otherwise than the plain one."""
+    model, _, epochs = plain()
+    hosted = Model()
+    assert train(hosted, regularization(), folder=tmp_path, optim="adamw_torch_fused").state.epoch == epochs
+    ours = model.state_dict()
+    assert all(torch.allclose(t, ours[name], rtol=0, atol=1e-6) for name, t in hosted.net.state_dict().items())
+
+
+def test_a_metric_to_maximize(tmp_path: Any) -> None:
+    cocktail = COCKTAIL.replace("Stopping(3)", "Stopping(3, mode='max')")
+    model, _, epochs = plain(cocktail, score=lambda model: -valid_loss(model))
+    hosted, ours = Model(), regularization(cocktail, monitor="eval_goodness")
+    host = trainer(hosted, ours, folder=tmp_path)
+    host.compute_metrics = lambda told: {"goodness": -float(((told.predictions - told.label_ids) ** 2).mean())}
+    host.train()
+    assert host.state.epoch == epochs == plain()[2]
+    assert same(model, hosted.net)
+
+
+def test_what_acts_on_batch_and_loss_acts_in_compute_loss(tmp_path: Any) -> None:
+    cocktail = [*gf.parse(COCKTAIL), Blur(0.3), Flood(0.05)]
+    model, _, epochs = plain(cocktail, through_run=True)
+    hosted = Model()
+    assert train(hosted, regularization(cocktail), folder=tmp_path, kind=InRun).state.epoch == epochs
+    assert same(model, hosted.net)
+    assert not same(model, plain()[0])
+
+
+@pytest.mark.filterwarnings("ignore:The gradients of several batches:goodfit.GoodfitWarning")
+def test_gradient_accumulation(tmp_path: Any) -> None:
+    model, _, epochs = plain(every=2)
+    hosted = Model()
+    assert train(hosted, regularization(), folder=tmp_path, gradient_accumulation_steps=2).state.epoch == epochs
+    assert same(model, hosted.net)
+
+
+def test_checks_by_steps(tmp_path: Any) -> None:
+    """Scores that never move: stopped at the fourth check, which is at step 8, and the first is kept."""
+    model = Model()
+    ours = regularization("EarlyStopping(3)", monitor="eval_still")
+    host = trainer(model, ours, folder=tmp_path, eval_strategy="steps", eval_steps=2)
+    host.compute_metrics = lambda told: {"still": 1.0}
+    host.train()
+    assert host.state.global_step == 8
+    assert ours.stopped == "no improvement in 3 checks: best 1 at check 1, 1 at check 4"
+
+
+def test_a_look_before_the_training_is_no_check(tmp_path: Any) -> None:
+    hosted = Model()
+    assert train(hosted, regularization(), folder=tmp_path, eval_on_start=True).state.epoch == plain()[2]
+    assert same(plain()[0], hosted.net)
+
+
+def test_several_evaluation_sets(tmp_path: Any) -> None:
+    """The metric of one of them, wherever it stands."""
+    for order in (("a", "b"), ("b", "a")):
+        sets = {name: rows(XV, YV) if name == "a" else rows(X[:8], Y[:8]) for name in order}
+        hosted = Model()
+        host = train(hosted, regularization(monitor="eval_a_loss"), folder=tmp_path, data=sets)
+        assert host.state.epoch == plain()[2]
+        assert same(plain()[0], hosted.net)
+    with pytest.raises(gf.GoodfitError, match=r"'eval_c_loss' must name .* eval_a_loss, .*; did you mean"):
+        train(Model(), regularization(monitor="eval_c_loss"), folder=tmp_path, data=sets)
+
+
+def test_clipping_by_the_host_beside_penalties(tmp_path: Any) -> None:
+    """It clips the gradient of the data; the slope of the penalty comes behind it."""
+    model = net()
+    optimizer = adam(model.parameters())
+    gf.Run("L2(0.5)", model, seed=SEED).attach(optimizer)
+    for x, y in loader():
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    hosted = Model()
+    train(hosted, regularization("L2(0.5)"), folder=tmp_path, num_train_epochs=1, max_grad_norm=0.1)
+    assert same(model, hosted.net)
+
+
+def test_a_second_gradient_through_the_run(tmp_path: Any) -> None:
+    model = plain([Uphill(0.1), gf.Dropout(0.3)], epochs=2, through_run=True)[0]
+    hosted = Model()
+    ours = regularization([Uphill(0.1), gf.Dropout(0.3)])
+    train(hosted, ours, folder=tmp_path, kind=InRun, num_train_epochs=2)
+    assert same(model, hosted.net)
+    assert not same(model, plain("Dropout(0.3)", epochs=2)[0])
+
+
+def test_mixed_precision_in_bfloat16(tmp_path: Any) -> None:
+    model = Model()
+    optimizer = adam(model.parameters())
+    gf.Run("L2(0.01), Dropout(0.3)", model.net, example=X[:8], seed=SEED).attach(optimizer)
+    for x, y in loader():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, y)["loss"]
+        loss.backward()
+        optimizer.step()
+    hosted = Model()
+    train(hosted, regularization("L2(0.01), Dropout(0.3)"), folder=tmp_path, num_train_epochs=1, bf16=True)
+    assert same(model, hosted)
+
+
+def test_a_transformer_as_a_whole(tmp_path: Any) -> None:
+    """Batches are dicts of keywords, weights are tied, dropout is there already."""
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+    )
+    model = transformers.BertForMaskedLM(config)
+    words = torch.randint(20, (16, 6), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": one, "labels": one} for one in words]
+    ours = Regularization(
+        "L1(0.05), WeightDecay(0.1), Dropout(0.2), EarlyStopping(2)", monitor="eval_loss", example={"input_ids": words[:4]}
+    )
+    host = trainer(model, ours, folder=tmp_path, data=data, num_train_epochs=3)
+    host.train_dataset = data
+    host.train()
+    assert (model.bert.encoder.layer[0].intermediate.dense.weight == 0).any()
+    assert model.bert.encoder.layer[0].output.dropout.p == 0.2
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+
+# Killed and resumed
+
+
+class Killer(transformers.TrainerCallback):
+    """Ends the process in the middle of an epoch, as the machine would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: Any) -> Path:
+    """The checkpoint of epoch 2, of a training that was killed in epoch 3."""
+    folder = tmp_path_factory.mktemp("killed")
+    code = (
+        "import test_adapters_transformers as t; "
+        f"t.train(t.Model(), t.regularization(), t.Killer(), folder={str(folder)!r}, save_strategy='epoch')"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert sorted(one.name for one in folder.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    return folder / "checkpoint-8"
+
+
+@pytest.mark.parametrize("cocktail", [COCKTAIL, MORE], ids=["the same", "a new patience"])
+def test_killed_and_resumed_it_stops_at_the_same_epoch_with_the_same_weights(cocktail: str, killed: Path) -> None:
+    model, run, epochs = plain(cocktail)
+    hosted, ours = Model(), regularization(cocktail)
+    assert train(hosted, ours, folder=killed.parent, resume=killed).state.epoch == epochs
+    assert same(model, hosted.net)
+    assert ours.stopped == run.stopped
+    assert all(torch.equal(t, ours.run.state_dict()[name]) for name, t in run.state_dict().items())
+
+
+def test_resumed_in_the_middle_of_an_epoch(tmp_path: Any) -> None:
+    class Stopper(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 11:
+                raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        train(Model(), regularization(), Stopper(), folder=tmp_path, save_strategy="steps", save_steps=5)
+    hosted = Model()
+    assert train(hosted, regularization(), folder=tmp_path, resume=tmp_path / "checkpoint-10").state.epoch == plain()[2]
+    assert same(plain()[0], hosted.net)
+
+
+def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Any) -> None:
+    first = regularization()
+    last = train(Model(), first, folder=tmp_path, save_strategy="epoch").state.global_step
+    hosted, again = Model(), regularization()
+    train(hosted, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
+    assert again.stopped == first.stopped
+    assert same(plain()[0], hosted.net)
+    hosted = Model()
+    host = train(hosted, regularization(MORE), folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
+    assert host.state.epoch == plain(MORE)[2]
+    assert same(plain(MORE)[0], hosted.net)
+
+
+def test_a_checkpoint_from_elsewhere_is_named_and_never_mistaken(killed: Path, tmp_path: Any) -> None:
+    shutil.copytree(killed.parent, tmp_path / "moved")
+    moved = tmp_path / "moved" / killed.name
+    with pytest.raises(gf.GoodfitError, match=r"must have goodfit\.safetensors, and .*here/checkpoint-8 has none"):
+        train(Model(), regularization(), folder=tmp_path / "here", resume=moved)
+    hosted = Model()
+    train(hosted, regularization(checkpoint=moved), folder=tmp_path / "here", resume=moved)
+    assert same(plain()[0], hosted.net)
+    other = regularization("Dropout(0.1), BatchNorm(), EarlyStopping(3)")
+    train(Model(), other, folder=tmp_path / "other", save_strategy="epoch", num_train_epochs=2)
+    with pytest.raises(gf.GoodfitError, match="belongs to other weights than those that the Trainer has loaded"):
+        train(Model(), regularization(), folder=tmp_path / "other", resume=moved)
+
+
+class Accident(transformers.TrainerCallback):
+    def __init__(self, error: BaseException, epoch: int) -> None:
+        self.error, self.epoch = error, epoch
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.epoch == self.epoch:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk")], ids=["Ctrl-C", "error"])
+def test_after_an_accident_finish_restores_the_best(error: Any, tmp_path: Any) -> None:
+    hosted, ours = Model(), regularization()
+    with pytest.raises(type(error)):
+        train(hosted, ours, Accident(error, 4), folder=tmp_path)
+    assert not same(plain(epochs=4)[0], hosted.net)
+    ours.finish()
+    assert same(plain(epochs=4)[0], hosted.net)
+    early = regularization()
+    with pytest.raises(type(error)):
+        train(Model(), early, Accident(error, 0), folder=tmp_path)
+    early.finish()  # of nothing: `finally: regularization.finish()` hides no error
+
+
+# Several stoppings, and refusals
+
+
+def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
+    patient = COCKTAIL.replace("EarlyStopping(3)", "EarlyStopping(9)")
+    one, two = Model(), Model()
+    train(one, regularization(f"{patient}, EarlyStopping(3)"), folder=tmp_path / "one")
+    callbacks = regularization(patient), regularization("EarlyStopping(3)", seed=9)
+    host = train(two, *callbacks, folder=tmp_path / "two", save_strategy="epoch")
+    assert host.state.epoch == plain()[2]
+    assert same(one, two)
+    assert same(one.net, plain()[0])
+    assert [bool(callback.stopped) for callback in callbacks] == [False, True]
+    files = sorted((tmp_path / "two" / "checkpoint-4").glob("goodfit*"))
+    assert [len(load_file(one)) > 10 for one in files] == [True, True]
+    again = Model()
+    resumed = tmp_path / "two" / "checkpoint-8"
+    train(again, regularization(patient), regularization("EarlyStopping(3)"), folder=tmp_path / "two", resume=resumed)
+    assert same(again, one)
+    with pytest.raises(gf.GoodfitError, match=r"A second Regularization may only stop the training, got L2\(0\.1\)"):
+        trainer(Model(), regularization(), regularization("L2(0.1)"), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cocktail", "settings", "reason"),
+    [
+        (
+            [Clip(0.5)],
+            {"max_grad_norm": 1.0},
+            r"TrainingArguments\(max_grad_norm=1\.0\) clips the gradient before",
+        ),
+        ("EarlyStopping(3)", {"eval_strategy": "no"}, r"EarlyStopping\(3\) hears the evaluation, and there is none"),
+        (
+            "EarlyStopping(3)",
+            {"load_best_model_at_end": True, "save_strategy": "epoch"},
+            r"EarlyStopping\(3\) restores the best weights, and so does load_best_model_at_end=True",
+        ),
+        ([Blur(0.1)], {}, r"Blur acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
+        ([Flood(0.1)], {}, r"Flood acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
+        ([Uphill(0.1)], {}, r"Uphill needs a second gradient, which takes one run\.loss\(x, y\) per step \(seen: 0\)"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(cocktail: Any, settings: Any, reason: str, tmp_path: Any) -> None:
+    with pytest.raises(gf.GoodfitError, match=reason):
+        train(Model(), regularization(cocktail), folder=tmp_path, **settings)
+
+
+def test_the_decay_of_the_trainer_beside_ours_is_told(tmp_path: Any) -> None:
+    with pytest.warns(gf.GoodfitWarning, match="Weights decay twice"):
+        train(Model(), regularization("WeightDecay(0.1)"), folder=tmp_path, weight_decay=0.01, num_train_epochs=1)
+
+
+def test_a_run_is_made_once_for_the_model_that_trains(tmp_path: Any) -> None:
+    ours = regularization()
+    host = train(Model(), ours, folder=tmp_path, num_train_epochs=1)
+    with pytest.raises(gf.GoodfitError, match=r"serves one train\(\), and this one has"):
+        host.train()
+    with pytest.raises(gf.GoodfitError, match="made its model anew after the regularization"):
+        train(Model, regularization(), folder=tmp_path)
+    host = trainer(Model(), folder=tmp_path)
+    host.add_callback(regularization())
+    with pytest.raises(gf.GoodfitError, match="give it to the Trainer where that is made"):
+        host.train()
+    model = Model()
+    host = trainer(model, regularization("BatchNorm()"), folder=tmp_path)
+    host.optimizer = adam([p for name, p in model.named_parameters() if "batchnorm" not in name])  # as one made before
+    with pytest.raises(gf.GoodfitError, match=r"The optimizer lacks the trainable parameter 0\.batchnorm\.weight"):
+        host.train()
+
+
+def test_what_is_missing_is_named(tmp_path: Any) -> None:
+    with pytest.raises(gf.GoodfitError, match=r"BatchNorm\(.*\) acts before the optimizer is made, and needs an input batch"):
+        trainer(Model(), regularization("BatchNorm()", example=None), folder=tmp_path)
+    with pytest.raises(gf.GoodfitError, match="Model has no submodule 'nett'; did you mean net"):
+        trainer(Model(), regularization(model="nett"), folder=tmp_path)
+    with pytest.raises(gf.GoodfitError, match=r"'eval_los' must name .* eval_loss, .*; did you mean eval_loss"):
+        train(Model(), regularization(monitor="eval_los"), folder=tmp_path)
+    with pytest.raises(gf.GoodfitError, match=r"EarlyStopping\(3\) needs the name of the metric"):
+        Regularization("EarlyStopping(3)")
