@@ -142,9 +142,7 @@ def test_a_score_that_never_moves_stops() -> None:
 
 
 def test_a_missing_column_is_named_with_the_nearest() -> None:
-    match = (
-        r"'val_loss' must name .*before Regularization, has: .*train_loss, valid_loss; did you mean valid_loss"
-    )
+    match = r"'val_loss' must name .*before Regularization, has: .*train_loss, valid_loss; did you mean valid_loss"
     with pytest.raises(gf.GoodfitError, match=match):
         host(monitor="val_loss").fit(X, Y)
 
