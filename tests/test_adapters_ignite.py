@@ -37,6 +37,7 @@ from plain_loop import (
     validation,
     with_buffers,
 )
+from together import in_two_processes
 from toys import Blur, Clip, Flood, Mean, Uphill
 
 
@@ -327,6 +328,28 @@ def test_a_checkpoint_before_the_validation_is_warned_of(tmp_path: Path) -> None
     saving(host, tmp_path, behind=False)
     with pytest.warns(gf.GoodfitWarning, match="checkpoint of iteration 4 was saved before the validation"):
         host.fit(1)
+
+
+# Two processes
+
+
+def process(rank: int, folder: str) -> None:
+    """Each has a score of its own, by epoch and rank."""
+    scores = [[3.0, 1.0], [2.0, 1.0], [1.0, 2.5], [4.0, 0.0], [0.0, 9.0], [0.0, 0.0]]
+    model = nn.Linear(3, 1)
+    regularization = Regularization("EarlyStopping(2)", model, monitor=lambda evaluator: scores[trainer.state.epoch - 1][rank])
+    trainer, evaluator = Engine(lambda engine, batch: None), Engine(lambda engine, batch: None)
+    regularization.attach(trainer, evaluator, torch.optim.SGD(model.parameters()))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run([0]))
+    trainer.run([0], max_epochs=6)
+    torch.save({"epochs": trainer.state.epoch, "stopped": regularization.stopped}, f"{folder}/{rank}.pt")
+
+
+def test_two_processes_stop_together_on_the_mean_of_their_scores(tmp_path: Path) -> None:
+    """Means 2, 1.5, 1.75, 2: two checks behind the second it ends, at the fourth; alone, neither rank would stop there."""
+    in_two_processes(process, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second == {"epochs": 4, "stopped": "no improvement in 2 checks: best 1.5 at check 2, 2 at check 4"}
 
 
 # What stands in the way

@@ -834,3 +834,21 @@ def test_a_compiled_model_trains_and_draws_anew_at_each_step(backend: str) -> No
         made.append(run.model)
     for one, other in zip(made[0].parameters(), made[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_detached_run_rests_and_leaves_the_optimizer_to_the_next() -> None:
+    model = line(1.0)
+    optimizer = optim.SGD(model.parameters(), lr=0.5)
+    first = gf.Run("L2(0.5)", model).attach(optimizer)
+
+    def decayed() -> float:
+        model[0].weight.grad = torch.zeros(1, 1)
+        optimizer.step()
+        return model[0].weight.item()
+
+    assert decayed() == 0.75
+    first.detach()
+    assert decayed() == 0.75
+    gf.Run("L2(1.0)", model).attach(optimizer)
+    assert decayed() == 0.375
+    assert int(first.state_dict()["step"]) == 1

@@ -18,6 +18,7 @@ from goodfit.adapters.host import imported, monitored, refuse_sharded
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Epoch, Regularizer
+from goodfit.processes import world
 from goodfit.run import Run
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Regularization"]
 
-_engine = imported("ignite", "ignite").engine
-_Events = _engine.Events
+_ignite = imported("ignite", "ignite")
+_Events = _ignite.engine.Events
 
 
 class Regularization:
@@ -51,7 +52,7 @@ class Regularization:
         refuse_sharded(model)
         self.run = Run(cocktail, model, example=example, loss=loss, task=task, seed=seed)
         self.monitor = monitor
-        self.trainer: Engine = _engine.Engine(lambda engine, batch: None)
+        self.trainer: Engine = _ignite.engine.Engine(lambda engine, batch: None)
         self._heard: tuple[int, Any] = (-1, None)
         self._saved = -1
 
@@ -62,12 +63,13 @@ class Regularization:
 
     def attach(self, trainer: Engine, evaluator: Engine | None, *optimizers: Optimizer) -> Regularization:
         """Act in the steps of `optimizers`, hear each end of `evaluator` within `trainer`, and stop the latter."""
-        if any(self.run.cocktail.of(Epoch)):
-            if evaluator is None:
-                raise GoodfitError(f"{next(self.run.cocktail.of(Epoch))} needs the evaluator that validates, got None.")
-            evaluator.add_event_handler(_Events.COMPLETED, self._hear)
+        hears = next(self.run.cocktail.of(Epoch), None)
+        if hears is not None and evaluator is None:
+            raise GoodfitError(f"{hears} needs the evaluator that validates, got None.")
         self.run.attach(*optimizers)
         self.trainer = trainer
+        if hears is not None and evaluator is not None:
+            evaluator.add_event_handler(_Events.COMPLETED, self._hear)
         trainer.add_event_handler(_Events.STARTED, self._start)
         for event in (_Events.TERMINATE, _Events.COMPLETED, _Events.EXCEPTION_RAISED):
             trainer.add_event_handler(event, self._end)
@@ -102,9 +104,12 @@ class Regularization:
             self.trainer.terminate()
 
     def _score(self, evaluator: Engine) -> float | Tensor:
+        """Metrics of Ignite are those of all processes already, but others may differ, and all must stop together."""
         if callable(self.monitor):
-            return self.monitor(evaluator)
-        return monitored(evaluator.state.metrics, self.monitor, "the evaluator")
+            score = self.monitor(evaluator)
+        else:
+            score = monitored(evaluator.state.metrics, self.monitor, "the evaluator")
+        return score if world() == 1 else _ignite.distributed.all_reduce(float(score)) / world()
 
     def _end(self, trainer: Engine, *errors: BaseException) -> None:
         """Give back the best, whatever ended the training; what ended it early may have come before there was one."""
