@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from goodfit import EarlyStopping, GoodfitError, kept
+from goodfit import EarlyStopping, GoodfitError
+from goodfit.kept import read, write
 
 
 def net() -> nn.Module:
@@ -75,7 +76,7 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
     other.load_state_dict(EarlyStopping(9).watch(nn.Linear(2, 3), keep=keep).state_dict() | {"best_check": torch.tensor(1)})
     with pytest.raises(GoodfitError, match=r"the weights of another model: 'buffers\.1\.num_batches_tracked' does not match"):
         other.restore()
-    kept.write(keep, {"weights.weight": torch.ones(1, 2), "check": torch.tensor(1), "score": torch.tensor(0.5)})
+    write(keep, {"weights.weight": torch.ones(1, 2), "check": torch.tensor(1), "score": torch.tensor(0.5)})
     wider = EarlyStopping(9).watch(nn.Linear(2, 3, bias=False), keep=tmp_path / "wider")
     wider(0.5)
     wider.file = keep
@@ -100,22 +101,22 @@ def test_a_damaged_missing_or_foreign_file_is_one_clear_error(tmp_path: Path) ->
         assert "\n" not in str(told.value)
     save_file({"weight": torch.ones(2)}, keep)
     with pytest.raises(GoodfitError, match="another format"):
-        kept.read(keep)
+        read(keep)
     keep.unlink()
     with refused:
         watch.restore()
     with refused:
-        kept.read(tmp_path)
+        read(tmp_path)
 
 
 def test_a_write_that_fails_leaves_the_file_that_was(tmp_path: Path) -> None:
     keep = tmp_path / "best"
-    kept.write(keep, {"a": torch.ones(3)})
+    write(keep, {"a": torch.ones(3)})
     with pytest.raises(GoodfitError, match="The best weights cannot be kept in"):
-        kept.write(keep, {"a": torch.ones(3, dtype=torch.complex128)})
-    assert torch.equal(kept.read(keep)["a"], torch.ones(3))
+        write(keep, {"a": torch.ones(3, dtype=torch.complex128)})
+    assert torch.equal(read(keep)["a"], torch.ones(3))
     with pytest.raises(GoodfitError, match="The best weights cannot be kept in"):
-        kept.write(tmp_path / "nowhere" / "best", {"a": torch.ones(3)})
+        write(tmp_path / "nowhere" / "best", {"a": torch.ones(3)})
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 

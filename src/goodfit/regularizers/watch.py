@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from goodfit import kept
 from goodfit.errors import GoodfitError
+from goodfit.kept import read, write
 from goodfit.losses import score_of
 from goodfit.phases import Report, State, Weights
 from goodfit.processes import rank
@@ -77,7 +77,7 @@ class Watch:
         go_on, self.state = self.stopping.epoch(report, *self._tensors(), self.state)
         self.history.append(float(report.score))
         if self.file is not None and int(self.state["best_check"]) != before:
-            kept.write(self.file, {**named(*tensors_of(self.model)), **self._mark()})
+            write(self.file, {**named(*tensors_of(self.model)), **self._mark()})
         if self.stopping.rolls_back(report):
             self._put_back()
         if not go_on and not self.stopped:
@@ -152,7 +152,7 @@ class Watch:
 
     def _from_file(self, weights: Weights, buffers: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert self.file is not None
-        found = kept.read(self.file)
+        found = read(self.file)
         expected = {**named(weights, buffers), **self._mark()}
         odd = sorted(found.keys() ^ expected.keys()) or [n for n, t in expected.items() if found[n].shape != t.shape]
         if odd:
