@@ -257,7 +257,14 @@ def test_report_is_drawn_anew_and_list_shows_every_regularizer(goodfit: Callable
     assert page.read_text() == drawn
     code, out, _ = goodfit("list")
     assert code == 0
-    for part in ("Dropout  [Build]", "p = 0.2   in [0, 1), off at 0", "patience = 20", "off at inf", "Tibshirani 1996"):
+    for part in (
+        "Dropout  [Build]",
+        "p = 0.2   in [0, 1), off at 0",
+        "patience = 20",
+        "off at inf",
+        "Tibshirani 1996",
+        "GL  [criterion",
+    ):
         assert part in out
 
 

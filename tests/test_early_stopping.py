@@ -1,16 +1,24 @@
-"""Early stopping: the cases in which nine other implementations differ, each with the index that follows from our formula."""
+"""Early stopping: its ten rules, and the cases in which nine other implementations differ, each with the index that follows
+from our formula."""
 
 from __future__ import annotations
 
 import copy
 import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from goodfit import EarlyStopping, GoodfitError, Run
+from goodfit import Cocktail, EarlyStopping, GoodfitError, Run
+from goodfit.phases import Report
+from goodfit.stop import GL, PQ, UP, Budget, Criterion, Divergence, Evidence, Patience, Reason, Smoothed, Target
+from together import in_two_processes
 
 NAN, INF = math.nan, math.inf
 DRIFT = [1 - k / 1024 for k in range(40)]  # exact in binary
@@ -130,6 +138,10 @@ def test_it_decides_as_a_plain_loop_does(scores, patience, min_delta, rel_delta,
         ({"rel_delta": -0.1}, "rel_delta must be >= 0, got rel_delta=-0.1"),
         ({"warmup": -1}, "warmup must be an integer >= 0, got warmup=-1"),
         ({"mode": "auto"}, "mode must be 'min' or 'max', got mode='auto'"),
+        ({"unit": "epochs"}, "unit must be 'checks' or 'steps', got unit='epochs'"),
+        ({"nonfinite": "best"}, "nonfinite must be 'bad', 'stop', 'raise', 'ignore' or 'rollback', got nonfinite='best'"),
+        ({"restore": 1}, "restore must be True or False, got restore=1"),
+        ({"patience": GL(5), "rel_delta": 0.1}, r"rel_delta belongs into a criterion here: Patience\(20, rel_delta=0.1\)"),
     ],
 )
 def test_numbers_without_a_meaning_are_refused(numbers: dict, rule: str) -> None:
@@ -224,3 +236,356 @@ def test_a_score_may_be_a_tensor_that_needs_a_gradient() -> None:
     watch = EarlyStopping(1).watch(model)
     assert not watch(model(torch.ones(1, 1)).sum())
     assert not watch.state["best"].requires_grad
+
+
+def heard(watch: Any, scores: list[float], **told: list[float]) -> list[bool]:
+    """What a watch answers; the weight of the model is the index of the check."""
+    answers = []
+    for i, score in enumerate(scores):
+        with torch.no_grad():
+            next(watch.model.parameters()).fill_(i)
+        answers.append(watch(score, **{name: values[i] for name, values in told.items()}))
+    return answers
+
+
+def one() -> nn.Linear:
+    return nn.Linear(1, 1, bias=False)
+
+
+# Rule 3 and 5 in steps
+
+
+def test_patience_and_warmup_in_steps_count_from_the_last_improvement() -> None:
+    steps = [4, 8, 13, 14, 30]
+    assert heard(EarlyStopping(10, unit="steps").watch(one()), [1.0] * 5, step=steps) == [False] * 3 + [True] * 2
+    assert heard(EarlyStopping(10, unit="steps", warmup=14).watch(one()), [1.0] * 5, step=steps) == [False] * 4 + [True]
+    assert heard(EarlyStopping(10, unit="steps").watch(one()), [1.0, 0.5, 0.4, 0.4, 0.4], step=steps) == [False] * 4 + [True]
+    watch = EarlyStopping(10, unit="steps").watch(one())
+    assert heard(watch, [1.0, 1.0], step=[4, 11]) == [False, False]
+    assert watch.stopping.patience_left(watch.state) == 3
+    assert heard(watch, [1.0], step=[14]) == [True]
+    assert watch.stopped == "no improvement in 10 steps: best 1 at check 1, 1 at check 3"
+    assert int(watch.state["best_step"]) == 4
+
+
+def test_steps_must_be_told_and_never_fall() -> None:
+    watch = EarlyStopping(10, unit="steps").watch(one())
+    with pytest.raises(GoodfitError, match=r"unit='steps'\) needs the optimizer step; say stopping\(score, step=\.\.\.\)"):
+        watch(1.0)
+    assert not watch(1.0, step=5)
+    with pytest.raises(GoodfitError, match="never falls, got 4 after 5; count over all epochs"):
+        watch(1.0, step=4)
+    with pytest.raises(GoodfitError, match="never falls, got nan"):
+        watch(1.0, step=NAN)
+    assert watch.history == [1.0]
+
+
+# Rule 4
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(
+    ("policy", "scores", "answers"),
+    [
+        ("bad", [1.0, NAN, INF, NAN], [False, False, False, True]),
+        ("stop", [1.0, NAN], [False, True]),
+        ("stop", [INF], [True]),
+        ("ignore", [1.0, NAN, 1.0, NAN, INF, 1.0, NAN, 1.0], [False] * 7 + [True]),
+        ("ignore", [NAN] * 9, [False] * 9),
+        ("rollback", [1.0, NAN, INF, NAN], [False, False, False, True]),
+    ],
+)
+def test_a_score_that_is_not_finite_does_as_told(policy: Any, scores: list, answers: list, mode: str) -> None:
+    watch = EarlyStopping(3, nonfinite=policy, mode=mode).watch(one())
+    assert heard(watch, [-s for s in scores] if mode == "max" else scores) == answers
+
+
+def test_a_score_that_is_not_finite_raises_where_asked_and_names_the_check() -> None:
+    watch = EarlyStopping(3, nonfinite="raise").watch(one())
+    watch(1.0)
+    with pytest.raises(GoodfitError, match=r"heard a score of nan at check 2; lower the learning rate"):
+        watch(NAN)
+    assert watch.history == [1.0]
+    with pytest.raises(GoodfitError, match=r"heard a score of -inf at check 2"):
+        watch(-INF)
+
+
+def test_a_stop_for_a_score_says_so() -> None:
+    watch = EarlyStopping(3, nonfinite="stop").watch(one())
+    assert heard(watch, [1.0, NAN]) == [False, True]
+    assert watch.reason is Reason.NONFINITE
+    assert watch.stopped == "a score of nan, which is not finite: best 1 at check 1, nan at check 2"
+
+
+def test_time_and_evidence_go_on_where_a_score_is_ignored() -> None:
+    stopping = EarlyStopping(Patience(2) | (Evidence() | Target(0.0)), nonfinite="ignore")
+    watch = stopping.watch(one())
+    assert heard(watch, [1.0, NAN, NAN, NAN], evidence=[-1.0, -1.0, -1.0, 0.5]) == [False, False, False, True]
+    assert watch.reason is Reason.EVIDENCE
+    state, told = EarlyStopping(Budget(4), nonfinite="ignore").init({}, {}), []
+    for i in range(5):
+        report = Report(torch.tensor(NAN), seconds=torch.tensor(float(i)))
+        go_on, state = EarlyStopping(Budget(4), nonfinite="ignore").epoch(report, {}, {}, state)
+        told.append(bool(go_on))
+    assert told == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_rollback_puts_the_best_weights_and_buffers_back(on_disk: bool, restore: bool, tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(1)
+    keep = tmp_path / "best.safetensors" if on_disk else None
+    watch = EarlyStopping(9, nonfinite="rollback", restore=restore).watch(model, keep=keep)
+    watch(NAN)  # there is no best yet
+    assert not on_disk or not keep.exists()
+    for i, score in enumerate((1.0, 0.5, 0.75)):
+        nn.init.constant_(model.weight, i)
+        model.running_mean.fill_(i)
+        watch(score)
+    assert model.weight.item() == 2
+    nn.init.constant_(model.weight, NAN)
+    watch(NAN)
+    assert (model.weight.item(), model.running_mean.item()) == (1, 1)
+    nn.init.constant_(model.weight, 5)
+    assert watch.restore().weight.item() == (1 if restore else 5)
+
+
+# Rule 9
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_without_restore_the_last_weights_stay_and_nothing_is_copied(run: bool) -> None:
+    model, stopping = one(), EarlyStopping(2, restore=False)
+    if run:
+        watched = Run(stopping, model)
+        for i in range(3):
+            nn.init.constant_(model.weight, i)
+            watched.epoch(float(i))
+        watched.finish()
+        state = watched.states(EarlyStopping)[0][1]
+    else:
+        watch = stopping.watch(model)
+        heard(watch, [0.0, 1.0, 2.0])
+        state = watch.restore() and watch.state
+    assert model.weight.item() == 2
+    assert not [name for name in state if name.startswith("weights")]
+
+
+def test_weights_are_copied_at_improvements_alone() -> None:
+    watch = EarlyStopping(5).watch(nn.Linear(3, 3))
+    places = []
+    for score in (1.0, 2.0, NAN, 0.5, 0.7):
+        watch(score)
+        places.append(watch.state["weights.weight"].data_ptr())
+    assert places[0] == places[1] == places[2] != places[3] == places[4]
+
+
+def test_tied_weights_come_back_tied() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    watch = EarlyStopping(5).watch(model)
+    heard(watch, [1.0, 0.5, 2.0])
+    watch.restore()
+    assert model[1].weight is model[0].weight
+    assert (model[0].weight == 1).all()
+
+
+def test_a_criterion_that_never_stops_keeps_the_best_all_the_same() -> None:
+    model = one()
+    watch = EarlyStopping(Patience(INF)).watch(model)
+    assert not any(heard(watch, [1.0, 0.5, *[2.0] * 9]))
+    assert watch.restore().weight.item() == 1
+
+
+def test_what_is_kept_has_the_best_score_as_told_not_as_smoothed() -> None:
+    watch = EarlyStopping(Smoothed(Patience(2), median=3)).watch(one())
+    heard(watch, [1.0, 0.5, 0.9, 0.8, 0.8, 0.8])
+    assert (watch.best, watch.best_check, watch.restore().weight.item()) == (0.5, 2, 1)
+
+
+def test_two_early_stoppings_on_one_model_and_score_do_not_collide() -> None:
+    model = one()
+    first, second = EarlyStopping(1).watch(model), EarlyStopping(3, mode="max").watch(model)
+    told = []
+    for i, score in enumerate((0.5, 0.75, 0.25, 0.25, 0.25)):
+        nn.init.constant_(model.weight, i)
+        told.append((first(score), second(score)))
+    assert [a for a, _ in told] == [False, True, True, True, True]
+    assert [b for _, b in told] == [False, False, False, False, True]
+    assert first.restore().weight.item() == 2
+    assert second.restore().weight.item() == 1
+
+    def run() -> Run:
+        return Run(Cocktail(EarlyStopping(1), EarlyStopping(3), EarlyStopping(3)), one())
+
+    whole = run()
+    assert [whole.epoch(s) for s in (0.5, 0.75)] == [True, False]
+    again = run()
+    again.load_state_dict(whole.state_dict())
+    assert [int(state["checks"]) for _, state in again.states(EarlyStopping)] == [2, 2, 2]
+
+
+# Rule 7
+
+SETTINGS: list[Criterion | float] = [2, Patience(2, grow=0.5), GL(20), PQ(1, k=2), UP(2, k=2), Target(0.3), Divergence(4)]
+SETTINGS += [Smoothed(Patience(2), ema=0.5), Smoothed(GL(5), median=3), Patience(2) & GL(5) | Target(0.1), Evidence()]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(SETTINGS),
+    st.lists(st.sampled_from([NAN, INF, 0.25, 0.5, 1.0, 2.0, 5.0]), min_size=2, max_size=12),
+    st.sampled_from(["bad", "stop", "ignore"]),
+    st.sampled_from(["checks", "steps"]),
+    st.data(),
+)
+def test_a_watch_that_is_saved_and_loaded_stops_at_the_same_check(criterion, scores, nonfinite, unit, data) -> None:
+    cut = data.draw(st.integers(0, len(scores)))
+    stopping = EarlyStopping(criterion, nonfinite=nonfinite, unit=unit, warmup=2)
+
+    def play(watch: Any, first: int, last: int) -> list[bool]:
+        answers = []
+        for i in range(first, last):
+            nn.init.constant_(watch.model.weight, i)
+            answers.append(watch(scores[i], train_loss=1 / (i + 1), evidence=i - 7.5, step=i + 1))
+        return answers
+
+    whole, before, after = (stopping.watch(one()) for _ in range(3))
+    answers = play(whole, 0, len(scores))
+    assert play(before, 0, cut) == answers[:cut]
+    saved = before.state_dict()
+    assert all(isinstance(t, torch.Tensor) for t in saved.values())
+    after.load_state_dict(copy.deepcopy(saved))
+    assert play(after, cut, len(scores)) == answers[cut:]
+    assert (after.stopped, after.reason, after.best, after.best_check) == (
+        whole.stopped,
+        whole.reason,
+        whole.best,
+        whole.best_check,
+    )
+    assert str(after.history) == str(whole.history)
+    for watch in (after, whole):
+        nn.init.constant_(watch.model.weight, -1)
+    assert torch.equal(after.restore().weight, whole.restore().weight)
+
+
+def test_the_time_before_a_resume_counts() -> None:
+    stopping = EarlyStopping(Budget(1000))
+    saved = stopping.watch(one()).state_dict()
+    saved["watch.seconds"] = torch.tensor(999.0, dtype=torch.float64)
+    again = stopping.watch(one())
+    again.load_state_dict(saved)
+    assert again(1.0)
+    assert again.reason is Reason.BUDGET
+
+
+def test_a_state_goes_back_only_where_it_came_from() -> None:
+    saved = EarlyStopping(2).watch(one()).state_dict()
+    with pytest.raises(GoodfitError, match=r"another criterion or model: 'criterion\.anchor' does not match"):
+        EarlyStopping(GL(5)).watch(one()).load_state_dict(saved)
+    with pytest.raises(GoodfitError, match=r"'weights\.weight' must have shape \(1, 3\), got \(1, 1\)"):
+        EarlyStopping(2).watch(nn.Linear(3, 1, bias=False)).load_state_dict(saved)
+    with pytest.raises(GoodfitError, match="does not match"):
+        EarlyStopping(2).watch(one()).load_state_dict({})
+
+
+# Rule 8
+
+
+def _of_two(rank: int, folder: str) -> None:
+    def stop(stopping: EarlyStopping, scores: list[list[float]], **told: Any) -> str:
+        watch = stopping.watch(nn.Linear(1, 1))
+        answers = heard(watch, scores[rank], **{n: v[rank] for n, v in told.items()})
+        return f"{answers.index(True) if True in answers else None} {watch.best} {watch.stopped}"
+
+    # means 1, 1.125, 1.125: none of them alone would stop
+    found = [stop(EarlyStopping(2), [[1.0, 0.5, 1.5, 0.4], [1.0, 1.75, 0.75, 1.8]])]
+    found.append(stop(EarlyStopping(2), [[1.0, 0.5, NAN, 0.25], [1.0, 0.5, 0.25, NAN]]))
+    # means 1, 0.9; two standard errors: √(0.06² + 0.08²)/2 = 0.05
+    noise = [[0.06] * 3, [0.08] * 3]
+    found.append(stop(EarlyStopping(Patience(1, stderrs=1.99)), [[1.0, 0.9], [1.0, 0.9001]], stderr=noise))
+    found.append(stop(EarlyStopping(Patience(1, stderrs=2.01)), [[1.0, 0.9], [1.0, 0.9001]], stderr=noise))
+    same = [[0.09] * 2] * 2  # both tell what holds for the whole
+    found.append(stop(EarlyStopping(Patience(1, stderrs=1)), [[1.0, 0.92], [1.0, 0.92]], stderr=same))
+    found.append(stop(EarlyStopping(5, unit="steps"), [[1.0] * 3] * 2, step=[[1, 5, 6], [1, 4, 5]]))
+    watch = EarlyStopping(2).watch(nn.Linear(1, 1))
+    try:
+        watch(1.0, **({"stderr": 0.5} if rank else {}))
+    except GoodfitError as refused:
+        found.append(str(refused))
+    model = nn.BatchNorm1d(1)
+    kept = EarlyStopping(2).watch(model, keep=f"{folder}/best.safetensors")
+    for score in (1.0, 2.0):
+        model.running_mean.fill_(10 * score + rank)
+        kept(score)
+    found.append(f"{kept.restore().running_mean.item()} {kept.file}")
+    Path(folder, f"{rank}").write_text("\n".join(found))
+
+
+def test_processes_that_train_together_stop_together(tmp_path: Path) -> None:
+    in_two_processes(_of_two, tmp_path)
+    first, second = ((tmp_path / f"{rank}").read_text().splitlines() for rank in range(2))
+    assert first[:-1] == second[:-1]
+    assert [line.split()[:2] for line in first[:6]] == [
+        ["2", "1.0"],
+        ["3", "0.5"],
+        ["None", "0.90005"],
+        ["1", "0.90005"],
+        ["1", "0.92"],
+        ["2", "1.0"],
+    ]
+    assert first[6] == "All processes must tell the same inputs of a check, got stderr from some of them alone."
+    assert first[7] == f"10.0 {tmp_path}/best.safetensors"
+    assert second[7] == f"11.0 {tmp_path}/best.rank1.safetensors"
+
+
+# What a watch takes
+
+NUMBERS = [0.5, 1, np.float32(0.5), np.float64(0.5), np.int64(3), np.array(0.5), Fraction(1, 2)]
+NUMBERS += [torch.tensor(0.5), torch.tensor(2), torch.tensor(0.5, dtype=torch.bfloat16), torch.ones((), requires_grad=True)]
+
+
+@pytest.mark.parametrize("score", NUMBERS, ids=lambda s: f"{type(s).__name__} {s!r}")
+def test_a_score_is_one_number_of_python_numpy_or_torch(score: Any) -> None:
+    watch = EarlyStopping(1).watch(one())
+    assert watch(score) is False
+    value = score.item() if isinstance(score, torch.Tensor) else float(score)
+    assert watch.best == value
+    assert watch(value) is True
+
+
+WRONG = ["0.5", None, True, torch.tensor(True), np.bool_(True), 1j, [0.5], (0.5,), {"loss": 0.5}, torch.ones(1), np.ones(1)]
+WRONG += [torch.ones(2), torch.tensor(1j), 10**400, object(), torch.empty((), device="meta")]
+
+
+@pytest.mark.parametrize("score", WRONG, ids=lambda s: f"{type(s).__name__} {s!r:.30}")
+def test_everything_else_is_one_clear_error(score: Any) -> None:
+    watch = EarlyStopping(1).watch(one())
+    with pytest.raises(GoodfitError, match="A score must be one number, got ") as told:
+        watch(score)
+    assert "\n" not in str(told.value)
+    with pytest.raises(GoodfitError, match="A score must be one number"):
+        watch(0.5, train_loss=score if score is not None else "none")
+    assert watch.history == []
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(GoodfitError, match=r"watch takes a torch\.nn\.Module, got a list"):
+        EarlyStopping(1).watch([torch.ones(1)])
+
+
+def test_it_goes_on_listening_behind_its_stop() -> None:
+    watch = EarlyStopping(1).watch(one())
+    assert heard(watch, [1.0, 2.0, 0.5]) == [False, True, True]
+    assert watch.stopped == "no improvement in 1 check: best 1 at check 1, 2 at check 2"
+    assert (watch.best, watch.history, watch.reason) == (0.5, [1.0, 2.0, 0.5], Reason.PATIENCE)
+
+
+def test_a_check_before_the_first_step_can_stop() -> None:
+    assert EarlyStopping(Target(2.0), unit="steps").watch(one())(1.0, step=0)
+
+
+def test_warmup_holds_for_every_criterion() -> None:
+    assert stop_index(EarlyStopping(Target(2.0), warmup=2), [1.0] * 4) == 2
+    assert stop_index(EarlyStopping(UP(1, k=2), warmup=5), [1.0, 1, 1, 2, 1, 3, 1, 4]) == 5
+    assert stop_index(EarlyStopping(2, nonfinite="stop", warmup=3), [NAN] * 5) == 3

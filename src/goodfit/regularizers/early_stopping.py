@@ -140,7 +140,8 @@ class EarlyStopping(Epoch, Finish):
             **under("criterion.", inner),
             **(self._copies(best, named(weights, buffers), state) if self.keeps else {}),
         }
-        return ~(stop & (time > self.warmup)), new
+        warm = (time > self.warmup) | (torch.as_tensor(self.warmup) == 0)  # time 0: a check before the first step
+        return ~(stop & warm), new
 
     def _copies(self, best: Tensor, now: Weights, state: State) -> State:
         """What is kept: the model of now where it is the best, else what was; copied only where it must be."""
