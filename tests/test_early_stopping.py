@@ -518,7 +518,7 @@ def _of_two(rank: int, folder: str) -> None:
     for score in (1.0, 2.0):
         model.running_mean.fill_(10 * score + rank)
         kept(score)
-    found.append(f"{kept.restore().running_mean.item()} {kept.file}")
+    found.append(f"{kept.restore().running_mean.item()} {kept.file.path}")
     Path(folder, f"{rank}").write_text("\n".join(found))
 
 
