@@ -14,9 +14,7 @@ from goodfit.adapters.host import imported, monitored, refuse_second, refuse_sha
 
 
 def test_a_missing_host_is_one_line_with_the_command() -> None:
-    with pytest.raises(
-        gf.GoodfitError, match=r'needs no_such_host, which is not installed; pip install "goodfit\[lightning\]"'
-    ):
+    with pytest.raises(gf.GoodfitError, match=r'no_such_host, which is not installed; pip install "goodfit\[lightning\]"'):
         imported("lightning", "no_such.other", "no_such_host")
 
 
@@ -40,9 +38,7 @@ def test_of_two_names_the_one_in_use_counts(tmp_path: Any, monkeypatch: pytest.M
 
 def test_metrics_and_modules_by_name() -> None:
     assert monitored({"valid_loss": 0.5}, "valid_loss", "the host") == 0.5
-    with pytest.raises(
-        gf.GoodfitError, match="'valid_loss' must name a metric of the validation; the host has: none; there are"
-    ):
+    with pytest.raises(gf.GoodfitError, match=r"'valid_loss' must name a metric of .*; the host has: none"):
         monitored({}, "valid_loss", "the host")
     model = nn.Sequential(nn.Linear(1, 1))
     assert submodule(model, "0") is model[0]
