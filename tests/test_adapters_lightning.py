@@ -509,7 +509,7 @@ def test_a_fused_optimizer_that_unscales_by_itself_is_refused() -> None:
 
 def test_sharded_weights_are_refused() -> None:
     host = trainer()
-    host.strategy.__class__ = lightning.strategies.FSDPStrategy  # which asks for a GPU when it is made
+    host.strategy.__class__ = type("Mine", (lightning.strategies.FSDPStrategy,), {})  # a Trainer would ask it for a GPU
     with pytest.raises(gf.GoodfitError, match=r"FSDPStrategy shards the weights"):
         regularization()._refuse(host, Module())
 
