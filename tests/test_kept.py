@@ -118,6 +118,10 @@ def test_a_write_that_fails_leaves_the_file_that_was(tmp_path: Path) -> None:
     assert torch.equal(read(keep)["a"], torch.ones(3))
     with pytest.raises(GoodfitError, match="The best weights cannot be kept in"):
         write(tmp_path / "nowhere" / "best", {"a": torch.ones(3)})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(GoodfitError, match="The best weights cannot be kept in"):
+        write(tmp_path / "folder", {"a": torch.ones(3)})
+    (tmp_path / "folder").rmdir()
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
