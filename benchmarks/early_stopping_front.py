@@ -8,13 +8,16 @@ oracle's epoch (geometric mean); epochs: their mean number. regret: how much hig
 than the oracle's, in per cent; held out: the same for the loss on rows that no criterion sees, negative where stopping early
 was better than the oracle. All are means over tables of means within a table; ± is the standard error over tables.
 
-front: no other criterion has both lower cost and lower regret. The default is chosen with one table left out, ten times: of
-the criteria whose regret on the nine other tables is at most one per cent, the one with the fewest epochs; "chosen" counts
-how often. Held-out rows choose nothing. Prints the table, writes it as CSV, and draws it as PNG beside this file.
+front: no other criterion has both lower cost and lower regret. serves: a default must do with a score alone, since many loops
+tell no more, and must stop where a score stands still. Of those that serve, the default is the one of lowest cost whose regret
+is at most one per cent. It is chosen with one table left out, ten times: "chosen" counts how often, and the second table tells
+what each choice gave on the table that it had not seen; below stand the choice of all ten tables and what the package has now.
+Held-out rows choose nothing. Prints both tables, and writes them (CSV, JSON) and the picture (PNG) beside this file.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from table import show, write
 from torch import Tensor
 
 import goodfit as gf
+from goodfit.defaults import COCKTAIL
 from goodfit.phases import Report
 
 INPUTS = ("valid", "train", "stderr", "evidence", "steps")
@@ -40,6 +44,7 @@ CRITERIA = (
     *(f"Smoothed(Patience({p}), ema={m})" for p, m in ((5, 0.5), (5, 0.8), (10, 0.8))),
     *(f"Smoothed(Patience({p}), median=5)" for p in (5, 10)),
     "Evidence()",
+    "Patience(20) | GL(5)",
     "Patience(20) | GL(10)",
     "Patience(10) & GL(2)",
     "Patience(10) & UP(2)",
@@ -103,40 +108,79 @@ def on_front(cost: Tensor, regret: Tensor) -> Tensor:
     return ~worse.any(1)
 
 
-def choices(epochs: Tensor, regret: Tensor) -> list[int]:
-    """For each table the criterion that the others choose: of those within the limit the one with the fewest epochs."""
-    found = []
-    for left_out in range(epochs.shape[1]):
-        rest = torch.arange(epochs.shape[1]) != left_out
-        allowed = regret[:, rest].mean(1) <= LIMIT
-        found.append(int(torch.where(allowed, epochs[:, rest].mean(1), torch.inf).argmin()))
-    return found
+def serves(text: str, length: int) -> bool:
+    """Whether it needs a score alone, and stops where that stands still."""
+    stopping: Any = gf.parse(f"EarlyStopping({text})")[0]
+    still = dict.fromkeys(INPUTS, torch.ones(1, length, dtype=torch.float64))
+    return not stopping.criterion.needs and int(stops(text, still)) < length
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Cost against regret, the front as a line."""
+def choice(cost: Tensor, regret: Tensor, candidates: Tensor, tables: Tensor) -> int:
+    """Of the candidates within the limit on these tables, the one of lowest cost on them."""
+    allowed = candidates & (regret[:, tables].mean(1) <= LIMIT)
+    assert allowed.any(), f"no criterion has a regret of at most {LIMIT} % on these tables"
+    return int(torch.where(allowed, cost[:, tables].mean(1), torch.inf).argmin())
+
+
+def left_out(whole: dict[str, Tensor], candidates: Tensor, names: list[str]) -> tuple[list[int], list[dict[str, Any]]]:
+    """What the other tables choose for each table, all of them last, and what it gives there."""
+    tables = torch.arange(len(names))
+    chosen = [choice(whole["cost"], whole["regret"], candidates, tables[tables != i]) for i in range(len(names))]
+    told = {name: whole[name][chosen, tables] for name in whole}
+    rows = [
+        given(name, CRITERIA[i], {k: t[n] for k, t in told.items()})
+        for n, (name, i) in enumerate(zip(names, chosen, strict=True))
+    ]
+    rows.append(given("mean of these", "", {k: t.mean() for k, t in told.items()}))
+    patience = next(one.patience for one in gf.parse(COCKTAIL) if isinstance(one, gf.EarlyStopping))
+    default = patience if isinstance(patience, gf.stop.Criterion) else gf.stop.Patience(patience)
+    best = choice(whole["cost"], whole["regret"], candidates, tables)
+    for title, i in (("all tables", best), ("defaults.py", CRITERIA.index(repr(default)))):
+        rows.append(given(title, CRITERIA[i], {k: t[i].mean() for k, t in whole.items()}))
+    return [*chosen, best], rows
+
+
+def given(title: str, text: str, numbers: dict[str, Tensor]) -> dict[str, Any]:
+    """A row of the second table."""
+    rounded = {name: round(float(t.exp() if name == "cost" else t), 2) for name, t in numbers.items()}
+    return {"table": title, "chosen": text, **rounded}
+
+
+def draw(rows: list[dict[str, Any]], default: str, path: Path) -> None:
+    """Cost against regret, the front as a line, its criteria numbered."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    points = {row["criterion"]: (row["cost"], max(row["regret"], 0.01)) for row in rows}
-    kinds = {text: "joined" if " | " in text or " & " in text else text.partition("(")[0] for text in points}
-    for kind in sorted(set(kinds.values())):
-        x, y = zip(*(at for text, at in points.items() if kinds[text] == kind), strict=True)
-        axes.scatter(x, y, label=kind, s=28)
-    front = sorted((points[row["criterion"]], row["criterion"]) for row in rows if row["front"])
-    axes.plot(*zip(*(at for at, _ in front), strict=True), color="0.7", zorder=0)
-    for at, text in front:
-        axes.annotate(text, at, xytext=(-3, -3), textcoords="offset points", fontsize=7, rotation=40, ha="right", va="top")
-    axes.set(xlabel="epochs until the stop / epoch of the oracle", ylabel="regret in validation loss, %")
-    axes.set(
-        xscale="log", yscale="log", xlim=(0.4, 6), xticks=(0.5, 1, 2, 4), xticklabels=("0.5", "1", "2", "4"), ylim=(0.007, 20)
-    )
+    figure, axes = plt.subplots(figsize=(11, 6.5), layout="constrained")
+    kinds = ["joined" if " | " in r["criterion"] or " & " in r["criterion"] else r["criterion"].partition("(")[0] for r in rows]
+    for kind in sorted(set(kinds)):
+        of = [row for row, known in zip(rows, kinds, strict=True) if known == kind]
+        axes.scatter([r["cost"] for r in of], [r["regret"] for r in of], label=kind, s=28, zorder=2)
+    front = sorted((row["cost"], row["regret"], row["criterion"]) for row in rows if row["front"])
+    axes.plot([cost for cost, _, _ in front], [regret for _, regret, _ in front], color="0.7", zorder=1)
+    for i, (cost, regret, _) in enumerate(front, 1):
+        axes.annotate(
+            str(i),
+            (cost, regret),
+            xytext=(-3, -5 if i % 2 else -13),
+            textcoords="offset points",
+            fontsize=8,
+            ha="right",
+            va="top",
+        )
+    at = next(row for row in rows if row["criterion"] == default)
+    axes.scatter([at["cost"]], [at["regret"]], s=160, facecolors="none", edgecolors="k", label=f"chosen: {default}", zorder=3)
+    axes.set(xlabel="epochs until the stop / epoch of the oracle (geometric mean)", ylabel="regret in validation loss, %")
+    axes.set(xscale="log", xlim=(0.5, 5), xticks=(0.5, 1, 2, 4), xticklabels=("0.5", "1", "2", "4"))
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set(ylim=(-0.01, 20), yticks=(0, 0.1, 1, 10), yticklabels=("0", "0.1", "1", "10"))
     axes.xaxis.minorticks_off()
-    axes.legend(fontsize=8, loc="upper right")
-    figure.savefig(path, dpi=150)
+    listed = "\n".join(["front", "", *(f"{i:>2}  {text}" for i, (_, _, text) in enumerate(front, 1))])
+    axes.text(1.02, 1, listed, transform=axes.transAxes, fontsize=8, va="top", linespacing=1.6)
+    axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -145,7 +189,8 @@ def main() -> None:
     found = [measured(text, columns, table) for text in CRITERIA]
     whole = {name: torch.stack([one[name] for one in found]) for name in found[0]}
     front = on_front(whole["cost"].mean(1), whole["regret"].mean(1))
-    chosen = choices(whole["epochs"], whole["regret"])
+    candidates = torch.tensor([serves(text, columns["valid"].shape[1]) for text in CRITERIA])
+    (*chosen, best), choices = left_out(whole, candidates, names)
     rows = []
     for i, text in enumerate(CRITERIA):
         row: dict[str, Any] = {"criterion": text, "cost": round(float(whole["cost"][i].mean().exp()), 2)}
@@ -153,12 +198,14 @@ def main() -> None:
         for name in ("regret", "held out"):
             row |= {name: round(float(whole[name][i].mean()), 2)}
             row |= {f"{name} ±": round(float(whole[name][i].std() / len(names) ** 0.5), 2)}
-        rows.append(row | {"front": "front" if front[i] else "", "chosen": Counter(chosen)[i] or ""})
+        row |= {"front": "front" if front[i] else "", "serves": "serves" if candidates[i] else ""}
+        rows.append(row | {"chosen": Counter(chosen)[i] or ""})
     show(rows)
     write(rows, __file__)
-    left = {name: float(whole[name][chosen, range(len(names))].mean()) for name in ("epochs", "regret", "held out")}
-    print("chosen without a table, and used on it:", ", ".join(f"{name} {number:.2f}" for name, number in left.items()))
-    draw(rows, Path(__file__).with_suffix(".png"))
+    print()
+    show(choices)
+    Path(__file__).with_suffix(".json").write_text(json.dumps(choices, indent=1) + "\n", encoding="utf-8")
+    draw(rows, CRITERIA[best], Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":
