@@ -25,9 +25,9 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1)).float()
 
 
-def loader(x: Tensor = X, y: Tensor = Y) -> Any:
-    """Batches of eight in order: no host keeps torch's generator where it resumes."""
-    return DataLoader(TensorDataset(x, y), batch_size=8)
+def loader(x: Tensor = X, y: Tensor = Y, size: int = 8) -> Any:
+    """Batches in order: no host keeps torch's generator where it resumes."""
+    return DataLoader(TensorDataset(x, y), batch_size=size)
 
 
 def valid_loss(model: nn.Module) -> float:
@@ -49,6 +49,7 @@ def plain(
     score: Callable[[nn.Module], float] = valid_loss,
     make: Callable[[Any], optim.Optimizer] = adam,
     every: int = 1,
+    size: int = 8,
 ) -> tuple[nn.Module, gf.Run, int]:
     """Train and restore: the model, its run, and how many epochs it took. `every` batches go into one step."""
     model = net()
@@ -59,7 +60,7 @@ def plain(
     while done < epochs:
         done += 1
         model.train()
-        for i, (x, y) in enumerate(loader()):
+        for i, (x, y) in enumerate(loader(size=size)):
             x, y = run.batch(x, y) if through_run else (x, y)
             loss = run.loss(x, y) if through_run else F.mse_loss(model(x), y)
             (loss / every).backward()

@@ -262,6 +262,37 @@ def test_a_compiled_module() -> None:
     assert same(model, module.net)
 
 
+@pytest.mark.slow
+def test_two_processes_are_one_with_batches_twice_as_large(tmp_path: Any) -> None:
+    """Each scores its own half of the validation, and both decide by the mean."""
+    file = tmp_path / "weights.pt"
+    code = f"""
+import torch, test_adapters_lightning as t
+from plain import Y
+
+class Share(torch.utils.data.Sampler):
+    def __init__(self, rows): self.rows = rows
+    def __len__(self): return self.rows // 2
+    def __iter__(self): return iter(range(torch.distributed.get_rank(), self.rows, 2))
+
+def loader(x, y):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8, sampler=Share(len(x)))
+
+module, ours = t.Module(), t.regularization("L2(0.01), L1(1e-3), EarlyStopping(3)")
+host = t.trainer(ours, devices=2, strategy="ddp_fork", epochs=40, use_distributed_sampler=False)
+host.fit(module, loader(t.X, Y), loader(t.XV, t.YV))
+torch.save(module.net.state_dict(), {str(file)!r})
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    model, run, epochs = plain("L2(0.01), L1(1e-3), EarlyStopping(3)", epochs=40, size=16)
+    assert run.stopped
+    assert epochs < 40
+    theirs = torch.load(file, weights_only=True)
+    assert all(torch.allclose(t, theirs[name], rtol=0, atol=1e-6) for name, t in model.state_dict().items())
+
+
 # Killed and resumed
 
 
@@ -478,7 +509,7 @@ def test_a_fused_optimizer_that_unscales_by_itself_is_refused() -> None:
 
 def test_sharded_weights_are_refused() -> None:
     host = trainer()
-    host.strategy.__class__ = lightning.strategies.FSDPStrategy  # which asks for a GPU when it is made
+    host.strategy.__class__ = type("Mine", (lightning.strategies.FSDPStrategy,), {})  # a Trainer would ask it for a GPU
     with pytest.raises(gf.GoodfitError, match=r"FSDPStrategy shards the weights"):
         regularization()._refuse(host, Module())
 

@@ -22,6 +22,8 @@ from toys import Blur, Clip, Flood, Uphill
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from accelerate import FullyShardedDataParallelPlugin  # noqa: E402
+
 from goodfit.adapters.transformers import Regularization  # noqa: E402
 
 MORE = COCKTAIL.replace("Stopping(3)", "Stopping(6)")
@@ -397,6 +399,17 @@ def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
 def test_what_would_be_wrong_is_refused(cocktail: Any, settings: Any, reason: str, tmp_path: Any) -> None:
     with pytest.raises(gf.GoodfitError, match=reason):
         train(Model(), regularization(cocktail), folder=tmp_path, **settings)
+
+
+def test_sharding_and_copied_modules_are_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Trainer has where it sees two GPUs, and Accelerate's state where processes shard."""
+    host = trainer(Model(), folder=tmp_path)
+    host.args._n_gpu = 2
+    with pytest.raises(gf.GoodfitError, match=r"Dropout\(0\.3\) cannot act in nn\.DataParallel"):
+        regularization()._refuse(host.args)
+    monkeypatch.setitem(host.accelerator.state.__dict__, "fsdp_plugin", FullyShardedDataParallelPlugin())
+    with pytest.raises(gf.GoodfitError, match="FSDP shards the weights"):
+        regularization()._refuse(host.args)
 
 
 def test_the_decay_of_the_trainer_beside_ours_is_told(tmp_path: Any) -> None:

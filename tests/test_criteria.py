@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Criterion, list[float], dict[str, list[float]], int | Non
     "Patience grows by shares": (Patience(2, grow=0.25), [1.0] * 9, {}, 3),
     "Patience within the noise": (Patience(2, stderrs=2), [1.0, 0.75, 0.5, 0.5], {"stderr": [0.25] * 4}, 2),
     "Patience beyond the noise": (Patience(2, stderrs=2), [1.0, 0.25, 0.5, 0.5], {"stderr": [0.25] * 4}, 3),
-    "Patience, the larger margin": (Patience(1, 0.5, stderrs=2), [1.0, 0.6, 0.0], {"stderr": [0.1] * 3}, 1),
+    "Patience, the larger margin": (Patience(1, 0.5, stderrs=2), [1.0, 0.375, 0.0], {"stderr": [0.1] * 3}, 2),
     "Patience, noise of nan": (Patience(2, stderrs=1), [1.0, 0.5, 0.25], {"stderr": [NAN] * 3}, 2),
     "Smoothed by the median": (Smoothed(Patience(2), median=3), [1.0, 0.9, 0.8, 5.0, 0.7, 0.9, 0.9], {}, 6),
     "the same, not smoothed": (Patience(2), [1.0, 0.9, 0.8, 5.0, 0.85, 0.7], {}, 4),
@@ -563,6 +563,19 @@ def test_a_criterion_is_a_machine_of_its_own() -> None:
             assert all(t.dtype == start[n].dtype and t.shape == start[n].shape for n, t in state.items()), one
         assert all(torch.allclose(t, before[n], rtol=0, atol=0, equal_nan=True) for n, t in start.items())
     assert [bool(stop) for stop in _told(Patience(2), (1.0, 1.0, 1.0))] == [False, False, True]
+
+
+@pytest.mark.parametrize("criterion", [c for c in ALONE if c.scored] + [Patience(1) | GL(5) & UP(1, k=1)], ids=repr)
+def test_a_check_that_does_not_count_is_one_that_was_not_heard(criterion: Criterion) -> None:
+    state = criterion.init()
+    for score, counts in ((1.0, True), (2.0, False), (0.1, False)):
+        report = Report(number(score), train_loss=number(score), stderr=number(0.1))
+        before, (stop, state) = state, criterion.hear(report, state, torch.tensor(counts))
+        if not counts:
+            assert not stop
+            assert all(
+                torch.allclose(t, before[n], rtol=0, atol=0, equal_nan=True) for n, t in state.items() if "asked" not in n
+            )
 
 
 def _told(criterion: Criterion, scores: tuple[float, ...]) -> list[torch.Tensor]:

@@ -322,6 +322,7 @@ def test_time_and_evidence_go_on_where_a_score_is_ignored() -> None:
     watch = stopping.watch(one())
     assert heard(watch, [1.0, NAN, NAN, NAN], evidence=[-1.0, -1.0, -1.0, 0.5]) == [False, False, False, True]
     assert watch.reason is Reason.EVIDENCE
+    assert watch.stopped.endswith("evidence of 0.5 > 0: best 1 at check 1, 1 at check 1")
     state, told = EarlyStopping(Budget(4), nonfinite="ignore").init({}, {}), []
     for i in range(5):
         report = Report(torch.tensor(NAN), seconds=torch.tensor(float(i)))
@@ -518,7 +519,7 @@ def _of_two(rank: int, folder: str) -> None:
     for score in (1.0, 2.0):
         model.running_mean.fill_(10 * score + rank)
         kept(score)
-    found.append(f"{kept.restore().running_mean.item()} {kept.file}")
+    found.append(f"{kept.restore().running_mean.item()} {kept.file.path}")
     Path(folder, f"{rank}").write_text("\n".join(found))
 
 

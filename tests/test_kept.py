@@ -12,6 +12,7 @@ from torch import nn
 
 from goodfit import EarlyStopping, GoodfitError
 from goodfit.kept import read, write
+from goodfit.regularizers.best_file import BestFile
 
 
 def net() -> nn.Module:
@@ -79,7 +80,7 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
     write(keep, {"weights.weight": torch.ones(1, 2), "check": torch.tensor(1), "score": torch.tensor(0.5)})
     wider = EarlyStopping(9).watch(nn.Linear(2, 3, bias=False), keep=tmp_path / "wider")
     wider(0.5)
-    wider.file = keep
+    wider.file = BestFile(keep, wider.stopping)
     with pytest.raises(GoodfitError, match=r"another model: 'weights\.weight' does not match"):
         wider.restore()
 
@@ -117,6 +118,10 @@ def test_a_write_that_fails_leaves_the_file_that_was(tmp_path: Path) -> None:
     assert torch.equal(read(keep)["a"], torch.ones(3))
     with pytest.raises(GoodfitError, match="The best weights cannot be kept in"):
         write(tmp_path / "nowhere" / "best", {"a": torch.ones(3)})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(GoodfitError, match="The best weights cannot be kept in"):
+        write(tmp_path / "folder", {"a": torch.ones(3)})
+    (tmp_path / "folder").rmdir()
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 

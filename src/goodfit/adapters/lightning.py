@@ -116,12 +116,12 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
         return pl_module
 
     def _refuse(self, trainer: Any, pl_module: Any) -> None:
-        strategy = type(trainer.strategy).__name__
+        sharding = next((kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED), None)
         if self._attached:
             raise GoodfitError("A Regularization serves one trainer.fit, and this one has; make another for the next.")
         refuse_sharded(pl_module)
-        if strategy in _SHARDED:
-            raise GoodfitError(f"{strategy} shards the weights, of which a regularizer needs the whole; use strategy='ddp'.")
+        if sharding is not None:
+            raise GoodfitError(f"{sharding} shards the weights, of which a regularizer needs the whole; use strategy='ddp'.")
         if trainer.gradient_clip_val:
             setting = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
             refuse_clipping(self.cocktail, setting, "leave gradient_clip_val out")

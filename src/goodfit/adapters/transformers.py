@@ -31,7 +31,7 @@ __all__ = ["Regularization"]
 
 _transformers = imported("transformers", "transformers")
 _accelerate = imported("transformers", "accelerate")
-_SHARDED = {"DEEPSPEED", "FSDP", "MEGATRON_LM"}
+_SHARDED = {"deepspeed_plugins": "DeepSpeed", "fsdp_plugin": "FSDP", "megatron_lm_plugin": "Megatron-LM"}
 
 
 class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-defined]
@@ -93,8 +93,9 @@ class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-
         self._whole = model
 
     def _refuse(self, args: Any) -> None:
-        kind = _accelerate.state.AcceleratorState().distributed_type.name
-        if kind in _SHARDED:
+        shared = _accelerate.state.AcceleratorState._shared_state  # a new AcceleratorState would forget what shards
+        kind = next((kind for plugin, kind in _SHARDED.items() if shared.get(plugin) is not None), None)
+        if kind is not None:
             raise GoodfitError(f"{kind} shards the weights, of which a regularizer needs the whole; train with DDP.")
         builder = next(self.cocktail.of(Build), None)
         if builder is not None and self.example is None:
