@@ -380,7 +380,7 @@ def test_ctrl_c_before_the_first_epoch_leaves_nothing_and_says_so(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("goodfit.loop.train_epoch", interrupted)
+    monkeypatch.setattr("goodfit.training.train_steps", interrupted)
     code, out, err = goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
     assert (code, out, err.splitlines()[-1]) == (130, "", "goodfit: interrupted")
     assert [p.name for p in Path().iterdir()] == ["churn.csv"]
