@@ -330,7 +330,7 @@ def test_killed_and_resumed_it_stops_at_the_same_epoch_with_the_same_weights(kil
     assert fit(module, ours, resume=killed / "last.ckpt").current_epoch == epochs
     assert same(model, module.net)
     assert ours.stopped == run.stopped
-    assert all(torch.equal(t, ours.run.state_dict()[name]) for name, t in run.state_dict().items())
+    assert all(torch.equal(t, ours.run.state_dict()[name]) for name, t in run.state_dict().items() if name != "seconds")
 
 
 def test_a_new_patience_wins_over_the_one_that_was_saved(killed: Path) -> None:
