@@ -12,7 +12,6 @@ network that `gf.shrink` leaves, with equal outputs.
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from table import show, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -146,13 +146,8 @@ def main() -> None:
         data = images(asked.data, name)
         for net in asked.net or NETS:
             rows += curve(name, net, data, asked.quick)
-    print("  ".join(f"{key:>12}" for key in rows[0]))
-    for one in rows:
-        print("  ".join(f"{value:>12}" for value in one.values()))
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    show(rows)
+    write(rows, __file__)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ gradients and second moments read and written once per phase), at the bandwidth 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import resource
 import statistics
@@ -19,10 +18,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
+from table import show, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -240,13 +239,8 @@ def main() -> None:
         print(measured_peak(asked.peak, asked.model[0], asked.device))
         return
     rows = [row for name in asked.model or MODELS for row in compare(name, asked.steps, asked.device)]
-    print("  ".join(f"{key:>9}" for key in rows[0]))
-    for row in rows:
-        print("  ".join(f"{value:>9}" for value in row.values()))
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    show(rows)
+    write(rows, __file__)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,16 @@ Writes fold_zoo.csv beside itself, line by line.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import csv
-import gc
 import time
-import warnings
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 from torch.fx.experimental.optimization import fuse
-from zoo import Build, as_double, vision_zoo
+from zoo import Build, as_double, asked, counts, recorded, vision_zoo
 
 import goodfit as gf
 from goodfit.folding.affine import batch_norms
@@ -131,30 +126,12 @@ def measure(build: Build, largest: float) -> dict[str, Any]:
 
 def main() -> None:
     """Print one line for each model, and the sums."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stub", help="folder of zoo_stub.py, for a torchvision beside a CPU build of torch")
-    parser.add_argument("--only", default="*")
-    parser.add_argument("--largest", type=float, default=150, help="skip models with more million parameters")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        for name, build in vision_zoo(options.stub):
-            if fnmatch(name, options.only):
-                rows.append({"model": name} | measure(build, options.largest))
-                writer.writerow(rows[-1])
-                file.flush()
-                print(*(rows[-1].get(c, "") for c in COLUMNS), sep="  ", flush=True)
-                gc.collect()
+    options = asked(__doc__, __file__, largest=150).parse_args()
+    models = ((name, build) for name, build in vision_zoo(options.stub) if fnmatch(name, options.only))
+    rows = recorded(({"model": name} | measure(build, options.largest) for name, build in models), COLUMNS, options.out)
     for family in ("torchvision", "transformers", "timm"):
         own = [r for r in rows if r["model"].startswith(family)]
-        for who in ("status", "torch"):
-            told = [r[who] for r in own if who in r]
-            print(family, who, {status: told.count(status) for status in dict.fromkeys(told)})
+        print(family, "ours", counts(own, "status"), "torch's", counts(own, "torch"))
         print(family, "behind torch's fuser:", [r["model"] for r in own if r.get("behind")])
 
 

@@ -9,17 +9,16 @@ of ours as it is inserted; and torch's layer, where there is one, hung at the ve
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from cost import MODELS
+from table import show, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,13 +115,8 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     warnings.simplefilter("ignore")
     rows = [row for name in asked.model or MODELS for row in compare(name, asked.steps, asked.rows, asked.device)]
-    print("  ".join(f"{key:>15}" for key in rows[0]))
-    for row in rows:
-        print("  ".join(f"{value:>15}" for value in row.values()))
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    show(rows)
+    write(rows, __file__)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ on a CPU in time of the process, so that a busy machine counts less.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from table import show, write
 from torch import Tensor, nn
 
 import goodfit as gf
@@ -109,13 +108,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     rows = [compare(name, samples, asked.turns, asked.device) for name in MODELS for samples in asked.samples]
-    print("  ".join(f"{key:>18}" for key in rows[0]))
-    for row in rows:
-        print("  ".join(f"{value:>18}" for value in row.values()))
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    show(rows)
+    write(rows, __file__)
 
 
 if __name__ == "__main__":

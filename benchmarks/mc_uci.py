@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
+from table import write
 from torch import Tensor, nn
 
 import goodfit as gf
@@ -178,10 +179,7 @@ def main() -> None:
     if asked.quick:
         return
     told = list(csv.DictReader(target.open())) if target.exists() else []
-    with target.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows([old for old in told if old["set"] not in {row["set"] for row in rows}] + rows)
+    write([old for old in told if old["set"] not in {row["set"] for row in rows}] + rows, __file__)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ beside this file as path_features.csv.
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from sklearn.datasets import make_friedman1
 from sklearn.model_selection import train_test_split
+from table import show, write
 from torch import nn
 
 import goodfit as gf
@@ -116,15 +116,9 @@ def main(folder: Path, epochs: int) -> None:
         parts, task, outputs, true = parts_of(folder, name)
         for title, taken in ((name, parts), (f"{name} +50%", with_random(parts))):
             new = measured(title, taken, task, outputs, true, epochs)
-            if not rows:
-                print("  ".join(f"{key:>11}" for key in new[0]))
-            for row in new:
-                print("  ".join(f"{row[key]!s:>11}" for key in row), flush=True)
+            show(new, titles=not rows)
             rows += new
-    with Path(__file__).with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(rows, __file__)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,18 @@ example; that nothing is wrong is checked on *fresh* random inputs in float64. W
 
 from __future__ import annotations
 
-import argparse
-import csv
-import gc
 import time
-import warnings
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from zoo import Build, as_double, zoo
+from zoo import Build, as_double, asked, counts, recorded, zoo
 
 import goodfit as gf
 from goodfit.surgery.proof import answers, largest_error
+
+COLUMNS = ["model", "status", "before", "after", "flops", "latency", "heads", "kept", "error", "seconds", "reason"]
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -101,29 +98,11 @@ def measure(name: str, build: Build, largest: float) -> dict[str, Any]:
 
 def main() -> None:
     """Print one line for each model, and the sums."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stub", help="folder of zoo_stub.py, for a torchvision beside a CPU build of torch")
-    parser.add_argument("--only", default="*")
-    parser.add_argument("--largest", type=float, default=150, help="skip models with more million parameters")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    columns = ["model", "status", "before", "after", "flops", "latency", "heads", "kept", "error", "seconds", "reason"]
-    rows = []
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        for name, build in zoo(options.stub):
-            if fnmatch(name, options.only):
-                rows.append(measure(name, build, options.largest))
-                writer.writerow(rows[-1])
-                file.flush()
-                print(*(rows[-1].get(c, "") for c in columns), sep="  ", flush=True)
-                gc.collect()
+    options = asked(__doc__, __file__, largest=150).parse_args()
+    found = (measure(name, build, options.largest) for name, build in zoo(options.stub) if fnmatch(name, options.only))
+    rows = recorded(found, COLUMNS, options.out)
     for family in ("torchvision", "timm", "transformers"):
-        own = [r["status"] for r in rows if r["model"].startswith(family)]
-        print(family, {status: own.count(status) for status in dict.fromkeys(own)})
+        print(family, counts((r for r in rows if r["model"].startswith(family)), "status"))
 
 
 if __name__ == "__main__":

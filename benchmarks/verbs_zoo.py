@@ -9,20 +9,17 @@ bit-identical, statistics after which eval mode says what train mode says of the
 
 from __future__ import annotations
 
-import argparse
-import csv
 import gc
 import time
-import warnings
 from collections.abc import Callable
 from fnmatch import fnmatch
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from zoo import as_double, zoo
+from zoo import Build, Row, as_double, asked, counts, recorded, zoo
 
 import goodfit as gf
 from goodfit.dataflow.flows import tensors_in
@@ -123,47 +120,36 @@ def judged(verb: Callable[[nn.Module, Any], bool], model: nn.Module, x: Any) -> 
         return f"FAILED: {type(failure).__name__}: {str(failure)[:120]}"
 
 
+def measure(name: str, build: Build, largest: float) -> Row:
+    """One model under every verb, a fresh one for each."""
+    row: Row = {"model": name}
+    start = time.time()
+    for verb, right in VERBS.items():
+        try:
+            model, _, x = build()
+        except Exception:
+            break
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+        if row["parameters"] > largest * 1e6:
+            break
+        lively(model.eval())
+        row[verb] = judged(right, model, x)
+        del model
+        gc.collect()
+    return row | {"seconds": round(time.time() - start, 1)}
+
+
 def main() -> None:
     """Print one line for each model, and the sums."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stub", help="folder of zoo_stub.py, for a torchvision beside a CPU build of torch")
-    parser.add_argument("--only", default="*")
-    parser.add_argument("--largest", type=float, default=30, help="skip models with more million parameters")
+    parser = asked(__doc__, __file__, largest=30)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no model after so many")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
     began = time.time()
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        for name, build in zoo(options.stub):
-            if not fnmatch(name, options.only) or time.time() - began > options.seconds:
-                continue
-            row: dict[str, Any] = {"model": name}
-            start = time.time()
-            for verb, right in VERBS.items():
-                try:
-                    model, _, x = build()
-                except Exception:
-                    break
-                row["parameters"] = sum(p.numel() for p in model.parameters())
-                if row["parameters"] > options.largest * 1e6:
-                    break
-                lively(model.eval())
-                row[verb] = judged(right, model, x)
-                del model
-                gc.collect()
-            if len(row) > 2:
-                rows.append(row | {"seconds": round(time.time() - start, 1)})
-                writer.writerow(rows[-1])
-                file.flush()
-                print(name, *(f"{row.get(v, '')[:40]}" for v in VERBS), sep=" | ", flush=True)
+    models = takewhile(lambda _: time.time() - began < options.seconds, zoo(options.stub))
+    found = (measure(name, build, options.largest) for name, build in models if fnmatch(name, options.only))
+    rows = recorded((row for row in found if row.keys() & VERBS), COLUMNS, options.out)
     for verb in VERBS:
-        told = [row.get(verb, "").partition(":")[0] for row in rows]
-        print(verb, {status: told.count(status) for status in dict.fromkeys(told)})
+        print(verb, counts(rows, verb))
 
 
 if __name__ == "__main__":

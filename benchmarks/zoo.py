@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
+import gc
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Build", "as_double", "vision_zoo", "zoo"]
+__all__ = ["Build", "Row", "as_double", "asked", "counts", "recorded", "vision_zoo", "zoo"]
 
 Build = Callable[[], tuple[nn.Module, Any, Any]]
+Row = dict[str, Any]
 
 TIMM = (
     "resnet18 resnetv2_50 resnext50_32x4d res2net50_26w_4s seresnet50 skresnet18 resnest14d ecaresnet26t "
@@ -58,6 +65,38 @@ IMAGES: dict[str, dict[str, Any]] = {
     "ResNet": {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2]},
     "Segformer": {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]},
 }
+
+
+def asked(doc: str | None, script: str, largest: float) -> argparse.ArgumentParser:
+    """The options of every run over a zoo; single-threaded and without the models' own warnings from here on."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stub", help="folder of zoo_stub.py, for a torchvision beside a CPU build of torch")
+    parser.add_argument("--only", default="*")
+    parser.add_argument("--largest", type=float, default=largest, help="skip models with more million parameters")
+    parser.add_argument("--out", type=Path, default=Path(script).with_suffix(".csv"))
+    return parser
+
+
+def recorded(rows: Iterable[Row], columns: list[str], out: Path) -> list[Row]:
+    """The rows, each printed and written to `out` as it comes: a run of hours may be cut off."""
+    told = []
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        for row in rows:
+            told.append(row)
+            writer.writerow(row)
+            file.flush()
+            print(*(str(row.get(c, ""))[:200] for c in columns), sep="  ", flush=True)
+            gc.collect()
+    return told
+
+
+def counts(rows: Iterable[Row], column: str) -> dict[str, int]:
+    """How often each word stands in a column, before a colon."""
+    return dict(Counter(str(row[column]).partition(":")[0] for row in rows if column in row))
 
 
 def zoo(stub: str | None) -> Iterator[tuple[str, Build]]:

@@ -518,7 +518,7 @@ def test_wrapped_lazy_and_bare_models_are_refused_and_compiling_afterwards_is_ri
             DropPath(0.5).build(wrapped, TOKENS)
     with pytest.raises(GoodfitError, match="single Linear"):
         DropPath(0.5).build(nn.Linear(8, 8), ROWS)
-    with pytest.raises(GoodfitError, match=r"0\.weight is lazy: run it on a batch once"):
+    with pytest.raises(GoodfitError, match=r"0\.weight is lazy: run the model on a batch once"):
         DropPath(0.5).build(nn.Sequential(nn.LazyLinear(8), Plain()), ROWS)
     model = DropPath(0.5).build(nn.Sequential(Plain(), Plain()), ROWS)
     twin = copy.deepcopy(model)

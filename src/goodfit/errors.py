@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["GoodfitError", "GoodfitWarning", "nearest"]
+__all__ = ["GoodfitError", "GoodfitWarning", "listed", "nearest"]
 
 
 class GoodfitError(ValueError):
@@ -27,5 +27,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = [lowered[n] for n in get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
     if close:
         return f"did you mean {' or '.join(close)}?"
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"known: {shown}" if names else "there are none"
+    return f"known: {listed(names, 20)}" if names else "there are none"
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """Names for one line of text, each once, the first `most`."""
+    shown = list(dict.fromkeys(map(str, names)))
+    return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")

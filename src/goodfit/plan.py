@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from goodfit.batchnorms.recalibrate import recalibrate, to_recalibrate
 from goodfit.cocktail import Cocktail
-from goodfit.errors import GoodfitError
+from goodfit.errors import GoodfitError, listed
 from goodfit.noise import Clock, Noisy
 from goodfit.phases import Build, Finish, Regularizer, State
 from goodfit.processes import rank
@@ -89,10 +89,8 @@ class Plan:
             where = None if isinstance(one, Build) else getattr(one, "where", None)
             self.chosen[key] = list(weights) if where is None else where.select(self.model)
             if where is not None and not self.chosen[key]:
-                shown = ", ".join(list(weights)[:8]) + (", ..." if len(weights) > 8 else "")
-                raise GoodfitError(
-                    f"{type(one).__name__} matched no weights (where={where}); the model has: {shown or 'none'}."
-                )
+                has = listed(weights) or "none"
+                raise GoodfitError(f"{type(one).__name__} matched no weights (where={where}); the model has: {has}.")
             acting[key] = one.on(self.model)
             self.states[key] = one.init({n: weights[n] for n in self.chosen[key]}, buffers)
         self.active = acting

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from goodfit.errors import GoodfitError
 from goodfit.rows import rows_of
+from goodfit.surgery.proof import mapped
 
 __all__ = ["device_of", "inputs"]
 
@@ -33,7 +34,7 @@ def _stream(device: torch.device, batches: Iterable[Any], samples: int | None, w
     rows = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for batch in batches:
-            x = _moved(_input(batch, who), device)
+            x = mapped(_input(batch, who), lambda t: t.to(device, non_blocking=True))
             rows += rows_of(x) or 0
             yield x
             if samples is not None and rows >= samples:
@@ -54,11 +55,3 @@ def _input(batch: Any, who: str) -> Any:
     if isinstance(batch, Mapping):
         return dict(batch)
     return tuple(batch) if isinstance(batch, list) else batch
-
-
-def _moved(x: Any, device: torch.device) -> Any:
-    if isinstance(x, Tensor):
-        return x.to(device, non_blocking=True)
-    if isinstance(x, dict):
-        return {key: _moved(value, device) for key, value in x.items()}
-    return type(x)(_moved(value, device) for value in x) if type(x) in (tuple, list) else x

@@ -17,7 +17,7 @@ from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.layers.followed import FollowedGroupNorm
 from goodfit.rows import rows_of
-from goodfit.surgery.proof import answers, largest_error
+from goodfit.surgery.proof import answers, largest_error, mapped
 from goodfit.surgery.running import call_model, must_run, quiet
 
 __all__ = ["Start", "relative_error", "starts", "to_groupnorm"]
@@ -168,8 +168,4 @@ def _divisor(channels: int, most: int, values: int) -> int:
 
 
 def _doubled(x: Any, rows: int | None) -> Any:
-    if isinstance(x, Tensor):
-        return torch.cat([x, x]) if x.ndim and len(x) == rows else x
-    if isinstance(x, dict):
-        return {key: _doubled(value, rows) for key, value in x.items()}
-    return type(x)(_doubled(value, rows) for value in x) if type(x) in (tuple, list) else x
+    return mapped(x, lambda t: torch.cat([t, t]) if t.ndim and len(t) == rows else t)

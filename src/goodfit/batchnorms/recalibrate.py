@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from goodfit.batchnorms.batches import inputs
 from goodfit.batchnorms.compensate import affine_changes
@@ -22,6 +21,7 @@ from goodfit.batchnorms.still import is_frozen
 from goodfit.batchnorms.watch import Watch
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.processes import world
+from goodfit.surgery.refusals import refuse_lazy
 from goodfit.surgery.running import call_model, evaluating, must_run
 from goodfit.tensors import put
 
@@ -164,6 +164,4 @@ def _refuse(model: nn.Module) -> None:
             raise GoodfitError(
                 f"recalibrate cannot look into the scripted {name or type(model).__name__!r}: give it unscripted."
             )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise GoodfitError(f"recalibrate needs weights that are there, but {name} is lazy: run the model on a batch once.")
+    refuse_lazy(model, "recalibrate")

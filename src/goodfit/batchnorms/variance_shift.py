@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from goodfit.batchnorms.batches import device_of, inputs
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noisy
+from goodfit.surgery.refusals import refuse_lazy
 from goodfit.surgery.running import call_model, evaluating, training
 
 __all__ = ["Shift", "VarianceShift", "variance_shift"]
@@ -115,11 +115,7 @@ def _copy(model: nn.Module) -> nn.Module:
             raise GoodfitError(
                 f"variance_shift cannot look into the scripted {name or 'model'}: give the model as it was before."
             )
-    for name, t in (*inner.named_parameters(), *inner.named_buffers()):
-        if is_lazy(t):
-            raise GoodfitError(
-                f"variance_shift needs weights that are there, but {name} is lazy: run the model on a batch once."
-            )
+    refuse_lazy(inner, "variance_shift")
     try:
         return copy.deepcopy(inner)
     except Exception as problem:

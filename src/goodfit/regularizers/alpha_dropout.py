@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import nn
 
+from goodfit.errors import listed
 from goodfit.hyper import hyper
 from goodfit.layers.dropout import SeededAlphaDropout, SeededLayer
-from goodfit.regularizers.insertion import Insertion, listed
+from goodfit.regularizers.insertion import Insertion
 from goodfit.surgery.places import Place
 from goodfit.surgery.trace import Call
 from goodfit.where import Where, everything

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.errors import GoodfitError, GoodfitWarning, listed
 from goodfit.hyper import hyper
 from goodfit.layers.path import SeededDropPath
 from goodfit.phases import Build
@@ -84,9 +84,8 @@ class DropPath(Build):
         if not self.linear:
             return 1.0
         if max(branch.depths) - min(branch.depths) >= len(branch.depths):
-            shown = ", ".join(map(str, branch.depths[:5])) + (", ..." if len(branch.depths) > 5 else "")
             raise GoodfitError(
-                f"DropPath cannot give {branch.name} a rate by its depth, since it runs in blocks {shown}: "
+                f"DropPath cannot give {branch.name} a rate by its depth, since it runs in blocks {listed(branch.depths, 5)}: "
                 "say linear=False for one rate."
             )
         return max(branch.depths) / blocks
@@ -101,8 +100,7 @@ class DropPath(Build):
                 "let an nn.Identity return it."
             )
         if not chosen:
-            shown = ", ".join(places[:8]) + (", ..." if len(places) > 8 else "")
-            return GoodfitError(f"DropPath matched no branch (where={self.where}); {kind} has: {shown}.")
+            return GoodfitError(f"DropPath matched no branch (where={self.where}); {kind} has: {listed(places)}.")
         return GoodfitError(
             f"DropPath cannot tell the rows of {chosen[0].name} in {kind}: no axis of its output follows the number of rows "
             "alone, or two do; give an example of numbers that differ, with the batch first, or second, of a size that the "

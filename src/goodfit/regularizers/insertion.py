@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.errors import GoodfitError, GoodfitWarning, listed
 from goodfit.layers.dropout import SeededLayer
 from goodfit.phases import Build
 from goodfit.regularizers.shapes import refuse_unknown, shares
@@ -19,7 +19,7 @@ from goodfit.surgery.records import records, remember
 from goodfit.surgery.trace import Call, flow
 from goodfit.where import Where
 
-__all__ = ["Insertion", "listed"]
+__all__ = ["Insertion"]
 
 SHIFT = "the norm meets a larger variance in training than in eval (Li et al. 2019, arXiv 1801.05134)"
 
@@ -137,12 +137,6 @@ class Insertion(Build):
     def odd(self, chosen: list[Place]) -> list[str]:
         """What else to warn of."""
         return []
-
-
-def listed(names: list[str]) -> str:
-    """Names for one line of text, each once."""
-    names = list(dict.fromkeys(names))
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _place_of(model: nn.Module, name: str) -> str:

@@ -5,7 +5,6 @@ Inputs are what a model is called with: (positions, keywords).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +13,11 @@ from torch import Tensor, nn
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.sampling.kept import fresh
+from goodfit.surgery.proof import mapped
 
 __all__ = [
     "answer_of",
+    "between",
     "call_with",
     "few",
     "form_of",
@@ -115,16 +116,6 @@ def between(before: Any, x: Any, after: Any) -> Any:
         return torch.cat(parts) if t.ndim and len(t) == rows else t
 
     return mapped(x, joined)
-
-
-def mapped(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return f(value.detach())
-    if type(value) is dict:
-        return {key: mapped(one, f) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(mapped(one, f) for one in value)
-    return value
 
 
 def answer_of(outputs: Any) -> Tensor:

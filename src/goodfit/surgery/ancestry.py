@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
+from goodfit.surgery.refusals import refuse_lazy
 from goodfit.surgery.running import call_model, must_run, quiet
 from goodfit.surgery.trace import function_name, version_of
 
@@ -146,9 +146,7 @@ class Ancestry(TorchFunctionMode):
 
 def ancestry(model: nn.Module, example: Any) -> Ancestry:
     """Run the example once in eval mode and note what comes from what; the model stays as it is."""
-    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
-    if lazy is not None:
-        raise GoodfitError(f"{type(model).__name__} needs weights that are there, but {lazy} is lazy: run it on a batch once.")
+    refuse_lazy(model, type(model).__name__)
     run = Ancestry(example)
     with ExitStack() as stack:
         stack.enter_context(quiet(model))

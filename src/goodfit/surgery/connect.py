@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from goodfit.dataflow.flows import tensors_in
 from goodfit.errors import GoodfitError
 from goodfit.layers.connect import SeededDropConnect
+from goodfit.surgery.refusals import refuse_lazy
 from goodfit.surgery.running import call_model, must_run, quiet
 from goodfit.surgery.within import Around, Mode, arounds, put_around
 from goodfit.where import owners
@@ -126,9 +126,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _reads(model: nn.Module, example: Any, names: list[str]) -> dict[str, set[str]]:
-    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
-    if lazy is not None:
-        raise GoodfitError(f"DropConnect needs weights that are there, but {lazy} is lazy: run the model on a batch once.")
+    refuse_lazy(model, "DropConnect")
     watch = _Watch({id(model.get_parameter(name)): name for name in names})
     with ExitStack() as stack:
         stack.enter_context(quiet(model))

@@ -9,7 +9,14 @@ from torch.nn.parameter import is_lazy
 from goodfit.errors import GoodfitError
 from goodfit.surgery.insert import refuse_wrappers
 
-__all__ = ["refuse_unfit"]
+__all__ = ["refuse_lazy", "refuse_unfit"]
+
+
+def refuse_lazy(model: nn.Module, who: str) -> None:
+    """Refuse weights and buffers that wait for a first batch to get their shape."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise GoodfitError(f"{who} needs weights that are there, but {name} is lazy: run the model on a batch once.")
 
 
 def refuse_unfit(model: nn.Module, who: str) -> None:
@@ -25,9 +32,8 @@ def refuse_unfit(model: nn.Module, who: str) -> None:
             raise GoodfitError(
                 f"{who} runs a model in eval mode, got an exported {name or 'model'}: {who} first, export afterwards."
             )
+    refuse_lazy(model, who)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise GoodfitError(f"{who} needs weights that are there, but {name} is lazy: run the model on a batch once.")
         plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
         if not plain or type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
             raise GoodfitError(f"{who} edits plain dense tensors, got {name} as a {type(tensor).__name__} ({tensor.layout}).")
