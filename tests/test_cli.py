@@ -260,7 +260,7 @@ def test_report_is_drawn_anew_and_list_shows_every_regularizer(goodfit: Callable
     for part in (
         "Dropout  [Build]",
         "p = 0.2   in [0, 1), off at 0",
-        "patience = 20",
+        "patience = 30",
         "off at inf",
         "Tibshirani 1996",
         "GL  [criterion",
@@ -325,6 +325,28 @@ def test_predict_tells_what_the_fit_had_not_seen(goodfit: Callable[..., Outcome]
     assert "column age: every cell is missing" in err
 
 
+def test_checks_by_steps_and_a_refit_are_told_apart(goodfit: Callable[..., Outcome]) -> None:
+    words = ("fit", write("churn.csv", rows()), "--target", "churn", *FAST[2:], "--epochs", "6", "--check-every", "4")
+    assert goodfit(*words, "--out", "alone")[0] == 0
+    code, out, err = goodfit(*words, "--out", "run", "--refit", "epochs")
+    assert code == 0
+    alone, report = (json.loads(Path(name, "report.json").read_text()) for name in ("alone", "run"))
+    steps = [row["step"] for row in report["history"]["regularized"]]
+    assert steps == list(range(4, 6 * 5 + 1, 4))  # 72 rows in batches of 16
+    kept = min(report["history"]["regularized"], key=lambda row: row["valid_loss"])
+    assert (report["best_step"], report["best_epoch"], report["stop_step"]) == (kept["step"], kept["epoch"], steps[-1])
+    assert report["scores"]["regularized"] == alone["scores"]["regularized"]  # of the validated network
+    assert report["refit"] in err
+    assert report["scores"]["refit"]["test"] != report["scores"]["regularized"]["test"]
+    assert "test, refit" in out
+    page = Path("run/report.html").read_text()
+    assert f"The weights of step {kept['step']} were kept." in page
+    assert report["refit"] in page
+    assert Path("run/weights.safetensors").read_bytes() != Path("alone/weights.safetensors").read_bytes()
+    assert goodfit("predict", "run", "churn.csv", "-o", "o.csv")[0] == 0
+    assert goodfit(*words, "--out", "other", "--refit", "often")[0] == 2
+
+
 def test_predictions_never_take_the_place_of_the_table(goodfit: Callable[..., Outcome]) -> None:
     goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
     before = Path("churn.csv").read_bytes()
@@ -380,7 +402,7 @@ def test_ctrl_c_before_the_first_epoch_leaves_nothing_and_says_so(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("goodfit.loop.train_epoch", interrupted)
+    monkeypatch.setattr("goodfit.training.train_steps", interrupted)
     code, out, err = goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
     assert (code, out, err.splitlines()[-1]) == (130, "", "goodfit: interrupted")
     assert [p.name for p in Path().iterdir()] == ["churn.csv"]

@@ -142,7 +142,7 @@ def sample() -> dict[str, Any]:
 def infect(data: dict[str, Any], text: str) -> dict[str, Any]:
     """`data` with `text` in every field that holds words."""
     data = copy.deepcopy(data)
-    for key in ("title", "command", "created", "target", "cocktail", "cocktail_repr", "network", "stopped"):
+    for key in ("title", "command", "created", "target", "cocktail", "cocktail_repr", "network", "stopped", "refit"):
         data[key] = text
     data["classes"], data["notes"] = [text, text], [text]
     data["columns"][0] |= {"name": text, "kind": text, "note": text}
@@ -412,3 +412,30 @@ def test_numbers_read_well() -> None:
     assert [percent(share) for share in (0.0, 0.0004, 0.314, 0.99999, 1.0, None)] == [
         "0 %", "0.04 %", "31.4 %", "> 99.9 %", "100 %", "–",
     ]  # fmt: skip
+
+
+def test_checks_by_steps_are_drawn_over_steps() -> None:
+    history = {
+        name: [row | {"epoch": 1 + i // 2, "step": 50 * (i + 1)} for i, row in enumerate(rows)]
+        for name, rows in sample()["history"].items()
+    }
+    page = render(sample() | {"history": history, "check_every": 50, "best_step": 1000, "stop_step": 1600})
+    found = curves(history, 1000, 1600, "step")
+    assert found is not None
+    assert (found.best, found.stop) == tuple(getattr(curves(sample()["history"], 20, 32), name) for name in ("best", "stop"))
+    assert f'cx="{found.best.x}"' in page
+    assert "Loss by step" in page
+    assert "from step 1000" in page
+    assert "The weights of step 1000 were kept." in page
+
+
+def test_a_refit_network_is_a_row_of_its_own_with_a_test_alone() -> None:
+    data = sample() | {"refit": "refit on train and valid for the 20 epochs of the kept weights, which are 80 steps"}
+    data["scores"]["refit"] = {"test": {"log_loss": 0.21}}
+    page = render(data)
+    said = page[page.index("The network that predicts was") :]
+    assert data["refit"] in said[: said.index("</p>")]
+    row = page[page.index('<th scope="row">Refit</th>') :]
+    assert row[: row.index("</tr>")].count("<td") == 3
+    assert "0.2100" in row[: row.index("</tr>")]
+    assert "Refit</th>" not in render(sample())

@@ -59,6 +59,8 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="The run folder to make [default: DATA-run, or DATA-run-2, ...].")] = None,
     task: Annotated[str | None, typer.Option(help="classes or numbers [default: by the target's values].")] = None,
     epochs: Annotated[int, typer.Option(help="At most so many passes over the training part.", min=1)] = 200,
+    check_every: Annotated[int | None, typer.Option(help="Steps between validations [default: an epoch].", min=1)] = None,
+    refit: Annotated[str | None, typer.Option(help="steps or epochs: train anew on train and valid, as long.")] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the start, the order, all noise.", min=0, max=2**32 - 1)] = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
     threads: Annotated[int, typer.Option(help="Of torch; one is quick for small networks.", min=1, max=256)] = 1,
@@ -81,10 +83,14 @@ def fit(
         threads=threads,
         reading={key: value for key, value in reading.items() if value},
         command=_command(),
+        check_every=check_every,
+        refit=refit,
     )
     folder = out if out is not None else _free(data)
     report = fit_table(data, target, folder, settings, _tell)
-    told = {**report["scores"]["regularized"], "valid, bare network": report["scores"]["bare"].get("valid", {})}
+    found = report["scores"]
+    others = {"valid, bare network": found["bare"].get("valid", {}), "test, refit": found["refit"].get("test", {})}
+    told = found["regularized"] | {part: scores for part, scores in others.items() if scores}
     for part, scores in told.items():
         typer.echo(f"{part:20}" + "".join(f"  {name} {value:.4g}" for name, value in scores.items()))
     typer.echo(f"run folder {_printable(str(folder))}, report {_printable(str(folder / 'report.html'))}")

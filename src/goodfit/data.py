@@ -16,7 +16,7 @@ from goodfit.errors import GoodfitError
 from goodfit.noise import Noise
 from goodfit.rows import mapped, to_device
 
-__all__ = ["Batches", "Order", "batches_of", "mapped", "peek", "to_device"]
+__all__ = ["Batches", "Order", "batches_of", "mapped", "peek", "to_device", "uncounted"]
 
 
 class Order:
@@ -92,14 +92,31 @@ def batches_of(data: Any, name: str, size: int, *, shuffle: bool, seed: int) -> 
 
 def peek(batches: Any) -> Any:
     """The first batch, as an example; an order made here does not count it as an epoch."""
-    order = batches.order if isinstance(batches, Batches) else getattr(batches, "batch_sampler", None)
-    epoch = getattr(order, "epoch", 0)
-    first = next(iter(batches), None)
+    first = next(iter(uncounted(batches)), None)
     if first is None:
         raise GoodfitError("train has no rows; give at least one batch.")
-    if isinstance(order, Order):
-        order.epoch = epoch
     return first
+
+
+def uncounted(batches: Any) -> Any:
+    """The same batches for a look beside training: an order made here does not count it as an epoch."""
+    order = getattr(batches, "order", None) or getattr(batches, "batch_sampler", None)
+    return _Uncounted(batches, order) if isinstance(order, Order) else batches
+
+
+class _Uncounted:
+    def __init__(self, batches: Any, order: Order) -> None:
+        self.batches, self.order = batches, order
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self.order.epoch
+        try:
+            yield from self.batches
+        finally:
+            self.order.epoch = epoch
 
 
 def _taken(index: Tensor, t: Tensor) -> Tensor:

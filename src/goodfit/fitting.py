@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import LBFGS, AdamW, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 
 from goodfit.batchnorms.present import by_batch
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.data import batches_of, peek, to_device
-from goodfit.errors import GoodfitError
-from goodfit.hooks import lacking
-from goodfit.hyper import hypers
-from goodfit.loop import LossFunction, Prepare, evaluate, train_epochs
-from goodfit.losses import loss_of, task_of
-from goodfit.phases import Batch, Regularizer
+from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.loop import LossFunction
+from goodfit.losses import loss_of, rowwise, task_of
+from goodfit.phases import Regularizer
+from goodfit.preparation import MakeOptimizer, as_reals, averaged, home_of, in_steps, optimizer_for, refuse_maximizing
 from goodfit.progress import Progress
+from goodfit.refitting import joined_data, refuse_refit, steps_for, train_for, without_stopping
 from goodfit.regularizers.batchnorm import BatchNorm
-from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
-from goodfit.schedules import Schedule
 from goodfit.small_batches import merged_for_norms, refuse_single_values
-from goodfit.surgery.running import call_model, evaluating, training as training_mode
+from goodfit.stop.criterion import Reason
+from goodfit.surgery.running import training as training_mode
+from goodfit.training import Training
 
-__all__ = ["Fit", "MakeOptimizer", "as_reals", "averaged", "fit", "optimizer_for"]
-
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+__all__ = ["Fit", "fit"]
 
 
 @dataclass(frozen=True)
 class Fit:
     """What a training gave.
 
-    model: the very model that went in, with the weights to keep. history: a dict per epoch. stopped: why it ended before
+    model: the very model that went in, with the weights to keep. history: a dict per check. stopped: why it ended before
     the last epoch, "" where it did not. score: the validation loss of this model, measured after restoring. best_epoch:
-    the epoch with the lowest validation loss.
+    the epoch with the lowest validation loss. kept: the row of the check whose weights these are, None where no check has
+    seen them. reason: why it ended, in one word, None at the last epoch. refit: how the model was trained anew on train and
+    valid, "" where it was not; validated: the model before that, which score, kept and best_epoch are of.
     """
 
     model: nn.Module = field(repr=False)
@@ -47,6 +50,10 @@ class Fit:
     stopped: str
     score: float
     best_epoch: int
+    kept: dict[str, Any] | None = field(default=None, repr=False)
+    reason: Reason | None = None
+    refit: str = ""
+    validated: nn.Module | None = field(default=None, repr=False)
 
 
 def fit(
@@ -63,6 +70,9 @@ def fit(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool | None = None,
+    check_every: int | None = None,
+    keep: str | Path | None = None,
+    refit: str | None = None,
 ) -> Fit:
     """Train `model` on `train` with a cocktail, validated on `valid` after every epoch.
 
@@ -71,125 +81,132 @@ def fit(
     without one the task's ("classes": cross-entropy, "numbers": squared error), without a task the one that y speaks of.
     optimizer: an optimizer, or a function from parameters to one; AdamW with lr 1e-3 and no decay of its own if not given.
     seed: of the order, the masks and torch's generator within the call, which leaves that generator as it was. device:
-    where the model goes, else where it is. progress: None shows a bar on a terminal.
+    where the model goes, else where it is. progress: None shows a bar on a terminal. check_every: so many optimizer steps
+    from one validation to the next, in place of an epoch. keep: a file for the best weights, in place of memory. refit:
+    "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that are kept.
 
-    Ctrl-C ends the training as a stop does. A loss that is not finite ends it too, and the best so far is kept.
+    Ctrl-C ends the training as a stop does, without a refit. A loss that is not finite ends it too, and the best so far is
+    kept. Any other error passes through, with the best so far in the model and what there is so far in its `result`.
     """
-    if not isinstance(epochs, int) or epochs < 1:
-        raise GoodfitError(f"epochs must be an integer >= 1, got epochs={epochs!r}.")
+    for name, number in (("epochs", epochs), ("check_every", 1 if check_every is None else check_every)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise GoodfitError(f"{name} must be an integer >= 1, got {name}={number!r}.")
+    refuse_refit(refit, optimizer)
     training = batches_of(train, "train", batch_size, shuffle=True, seed=seed)
     validation = batches_of(valid, "valid", batch_size, shuffle=False, seed=seed)
-    home = _home(model, device)
-    with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
-        torch.manual_seed(seed)
-        x, y = to_device(peek(training), home)
-        kind = task if task is not None else "" if loss is not None else task_of(y)
-        measure = averaged(loss or loss_of(kind))
-        mix = as_cocktail(cocktail)
+    both = None if refit is None else joined_data(training, validation, batch_size, seed)
+    recipe = _Recipe(as_cocktail(cocktail), loss, task, optimizer, seed, home_of(model, device), check_every, keep)
+    start = None if refit is None else copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[recipe.home] if recipe.home.type == "cuda" else []):
+        work = recipe.begin(model, training, validation)
+        try:
+            with training_mode(model), Progress(epochs, "fit", progress) as bar:
+                work.go(epochs, bar)
+        except BaseException as wrong:
+            _hand_over(work, wrong)
+            raise
+        found = _finished(work)
+        if start is None or refit is None or work.reason is Reason.INTERRUPTED:
+            return found
+        try:
+            return recipe.again(found, work, start, both, refit, progress)
+        except Exception as wrong:
+            wrong.result = found  # type: ignore[attr-defined]
+            raise
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a model is trained, whatever it is trained on."""
+
+    cocktail: Cocktail
+    loss: LossFunction | None
+    task: str | None
+    optimizer: Optimizer | MakeOptimizer | None
+    seed: int
+    home: torch.device
+    check_every: int | None
+    keep: str | Path | None
+
+    def begin(self, model: nn.Module, train: Any, valid: Any, epoch: Any = None) -> Training:
+        """Build the model and all beside it. epoch: batches whose number is the length of an epoch for schedules."""
+        torch.manual_seed(self.seed)
+        x, y = to_device(peek(train), self.home)
+        kind = self.task if self.task is not None else "" if self.loss is not None else task_of(y)
+        loss = self.loss or loss_of(kind)
         with training_mode(model):
-            if by_batch(model) or any(mix.of(BatchNorm)):
-                training = merged_for_norms(training, "train")
-        mix = _in_steps(mix, training)
-        _refuse_maximizing(mix)
-        run = Run(mix, model, loss=measure, example=x, seed=seed)
+            if by_batch(model) or any(self.cocktail.of(BatchNorm)):
+                train = merged_for_norms(train, "train")
+        mix = in_steps(self.cocktail, train if epoch is None else epoch)
+        refuse_maximizing(mix)
+        measure = averaged(loss)
+        run = Run(mix, model, loss=measure, example=x, seed=self.seed, keep=self.keep)
         prepare = as_reals(mix, kind, model, x, y)
-        chosen = optimizer_for(optimizer, model)
-        with training_mode(model), Progress(epochs, "fit", progress) as bar:
+        optimizer = optimizer_for(self.optimizer, model)
+        with training_mode(model):
             if len(y) == 1:
                 refuse_single_values(model, x)
-            history, why = train_epochs(run, chosen, training, validation, measure, prepare, epochs, bar)
-        run.finish(training)
-        score = evaluate(model, validation, measure)
+        return Training(run, optimizer, train, valid, measure, rowwise(loss), prepare, self.check_every)
+
+    def again(self, found: Fit, work: Training, start: nn.Module, both: Any, how: str, progress: bool | None) -> Fit:
+        """The same training from the same start, on all rows, for the number that validation has found."""
+        recipe = replace(self, cocktail=without_stopping(self.cocktail), keep=None)
+        anew = recipe.begin(start, both, work.valid, work.train if how == "steps" else None)
+        enough = work.step if found.kept is None else found.kept["step"]
+        steps, told = steps_for(how, enough, work.train, anew.train)
+        with training_mode(start), Progress(steps, "refit", progress) as bar:
+            failed = train_for(anew, steps, bar)
+        if failed:
+            warnings.warn(f"The refit {failed}: the model is the validated one.", GoodfitWarning, stacklevel=3)
+            return found
+        anew.finish()
+        validated = {name: t.clone() for name, t in found.model.state_dict().items()}
+        found.model.load_state_dict(start.state_dict())
+        start.load_state_dict(validated)
+        return replace(found, refit=told, validated=start)
+
+
+def _finished(work: Training, failed: bool = False) -> Fit:
+    """The weights to keep put back, and scored."""
+    work.finish()
+    kept, history = work.kept(), work.history
+    try:
+        score = work.score()
+    except Exception:
+        if not failed or kept is None:  # data that failed in training may fail here too
+            raise
+        score = float(kept["valid_loss"])
     if not math.isfinite(score):
         raise GoodfitError(
-            f"The validation loss must be finite, got {score} ({why or 'at the last epoch'}); lower the learning rate, "
-            "or look for nan in the data."
+            f"The validation loss must be finite, got {score} ({work.stopped or 'at the last epoch'}); lower the learning "
+            "rate, or look for nan in the data."
+        )
+    if kept is not None and not _as_recorded(work.run.model, score, kept["valid_loss"]):
+        warnings.warn(
+            f"The model that comes back scores {score:.6g}, and its check in epoch {kept['epoch']} said "
+            f"{kept['valid_loss']:.6g}: validation is not the same twice; give data and a model that are.",
+            GoodfitWarning,
+            stacklevel=3,
         )
     best = min(history, key=lambda row: row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf)
-    return Fit(model, history, why, score, best["epoch"])
+    return Fit(work.run.model, history, work.stopped, score, best["epoch"], kept, work.reason)
 
 
-def _home(model: Any, device: torch.device | str | None) -> torch.device:
-    """Where the model trains; it goes there."""
-    if not isinstance(model, nn.Module):
-        raise GoodfitError(f"fit takes a torch.nn.Module first, got {model!r:.60}; give an instance.")
-    try:
-        home = next((p.device for p in model.parameters()), torch.device("cpu")) if device is None else torch.device(device)
-        model.to(home)
-    except (RuntimeError, AssertionError) as wrong:
-        why = (str(wrong).splitlines() or [""])[0]
-        raise GoodfitError(f"device must be one that torch has here, got {device!r} ({why}); leave it out.") from None
-    return home
+def _as_recorded(model: nn.Module, score: float, recorded: float) -> bool:
+    """Whether two scores of one model differ by no more than rounding."""
+    types = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    rounding = max((torch.finfo(kind).eps ** 0.5 for kind in types), default=0.0)
+    return not math.isfinite(recorded) or math.isclose(score, recorded, rel_tol=rounding, abs_tol=1e-12)
 
 
-def optimizer_for(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
-    """The optimizer that was given, made or meant; refuses one that cannot train the whole model."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise GoodfitError(f"{type(model).__name__} has no trainable parameter; unfreeze some.")
-    if given is None:
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-        return AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=fused)
-    made = given if isinstance(given, Optimizer) else given(parameters) if callable(given) else given
-    if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
-        raise GoodfitError(
-            f"optimizer must be one that steps without a closure, or a function from parameters to one, got {made!r}."
+def _hand_over(work: Training, wrong: BaseException) -> None:
+    """Put the best back, and hang what there is so far on what ended the training."""
+    if not work.history:
+        return
+    with suppress(Exception):  # what ended the training is what is told
+        found = _finished(work, failed=True)
+        wrong.result = found  # type: ignore[attr-defined]
+        wrong.add_note(
+            f"gf.fit: the model has its best weights so far ({len(work.history)} checks); what there is of the training is "
+            "in the `result` of this exception."
         )
-    name = lacking(model, [made])
-    if name is not None:
-        raise GoodfitError(
-            f"The optimizer lacks the trainable parameter {name}; give fit a function that makes it from the parameters, "
-            "as in optimizer=lambda parameters: SGD(parameters, lr=0.1), or freeze the parameter."
-        )
-    return made
-
-
-def _in_steps(cocktail: Cocktail, training: Any) -> Cocktail:
-    """The cocktail with all schedules in steps: a fit knows how many an epoch has."""
-    try:
-        steps = len(training)
-    except TypeError:  # an iterable dataset has no length
-        steps = None
-
-    def resolved(one: Regularizer) -> Regularizer:
-        moving = {name: getattr(one, name) for name, _ in hypers(one) if isinstance(getattr(one, name), Schedule)}
-        return replace(one, **{name: schedule.in_steps(steps) for name, schedule in moving.items()})
-
-    return Cocktail(*(resolved(one) if one.scheduled else one for one in cocktail))
-
-
-def _refuse_maximizing(cocktail: Cocktail) -> None:
-    for one in cocktail.of(EarlyStopping):
-        if one.mode == "max":
-            raise GoodfitError(f"fit scores by the validation loss, where lower is better, got {one}; leave mode out.")
-
-
-def as_reals(cocktail: Cocktail, kind: str, model: nn.Module, x: Any, y: Tensor) -> Prepare | None:
-    """What makes whole targets mixable for a Batch regularizer: reals, or probabilities over the classes of the model."""
-    if y.is_floating_point() or not any(cocktail.of(Batch)):
-        return None
-    if kind == "numbers":
-        return lambda y: y.to(torch.get_default_dtype())
-    with torch.no_grad(), evaluating(model):
-        outputs = call_model(model, x)
-    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        raise GoodfitError("A cocktail that mixes class targets needs a model that returns scores (rows, classes).")
-
-    def one_hot(y: Tensor) -> Tensor:
-        y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
-        return nn.functional.one_hot(y.to(torch.int64), outputs.shape[1]).movedim(-1, 1).to(outputs.dtype)
-
-    return one_hot
-
-
-def averaged(measure: LossFunction) -> LossFunction:
-    """The loss function, refusing what is not one number."""
-
-    def checked(outputs: Any, y: Tensor) -> Tensor:
-        value = measure(outputs, y)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise GoodfitError(f"loss(outputs, y) must return a tensor of one number, the mean over the rows, got {shown}.")
-        return value
-
-    return checked

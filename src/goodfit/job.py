@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from goodfit.cocktail import Cocktail, parse
 from goodfit.defaults import COCKTAIL, DEPTH, WIDTH
 from goodfit.errors import GoodfitError
 from goodfit.fitting import Fit, fit
 from goodfit.losses import loss_of
-from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.report.evidence import weights_of
 from goodfit.report.render import render
+from goodfit.stop.criterion import Reason
 from goodfit.tabular.folder import claim, load_predictor, read_json, save_predictor, write_json, written_whole
 from goodfit.tabular.network import mlp, outputs_of, pinned
 from goodfit.tabular.prepare import Data, prepare
@@ -52,6 +53,8 @@ class Settings:
     reading: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     progress: bool | None = None
+    check_every: int | None = None
+    refit: str | None = None
 
 
 def fit_table(path: Path, target: str, out: Path, settings: Settings, tell: Tell) -> dict[str, Any]:
@@ -63,13 +66,16 @@ def fit_table(path: Path, target: str, out: Path, settings: Settings, tell: Tell
     data = prepare(path, target, settings.task, settings.seed, settings.reading, tell)
     with pinned(settings.threads):
         found = _train(data, cocktail, settings, settings.epochs)
-        tell(f"ended after epoch {len(found.history)}: {found.stopped or 'the last one'}")
+        epochs = found.history[-1]["epoch"]
+        tell(f"ended {'in' if settings.check_every else 'after'} epoch {epochs}: {found.stopped or 'the last one'}")
+        if found.refit:
+            tell(found.refit)
         bare = None
-        if not found.stopped.startswith("interrupted"):
+        if found.reason is not Reason.INTERRUPTED:
             tell("the same network bare, to compare")
-            bare = _bare(data, settings, len(found.history), tell)
+            bare = _bare(data, replace(settings, refit=None), epochs, tell)
         story = _identity(path, data, cocktail, settings)
-        report = story | _results(data, found, bare, cocktail) | {"cocktail": str(cocktail), "cocktail_repr": repr(cocktail)}
+        report = story | _results(data, found, bare) | {"cocktail": str(cocktail), "cocktail_repr": repr(cocktail)}
         report["seconds"] = round(time.perf_counter() - started, 2)
         with written_whole(out) as folder:
             save_predictor(folder, found.model, data.encoder, data.answers, story | {"scores": report["scores"]})
@@ -126,8 +132,11 @@ def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int) -> F
         seed=settings.seed,
         device=settings.device,
         progress=settings.progress,
+        check_every=settings.check_every,
+        refit=settings.refit,
     )
-    found.model.to("cpu")  # scores and predictions are the bits that `predict` will give
+    for trained in filter(None, (found.model, found.validated)):
+        trained.to("cpu")  # scores and predictions are the bits that `predict` will give
     return found
 
 
@@ -157,6 +166,7 @@ def _identity(path: Path, data: Data, cocktail: Cocktail, settings: Settings) ->
         "network": {"inputs": data.x.shape[1], "outputs": data.answers.outputs, "width": WIDTH, "depth": DEPTH},
         "seed": settings.seed,
         "threads": settings.threads,
+        "check_every": settings.check_every,
         "reading": {key: list(v) if isinstance(v, tuple) else v for key, v in settings.reading.items()},
         "rows": data.parts.sizes,
         "versions": {name: version(name) for name in ("goodfit", "torch", "numpy", "scikit-learn", "pyarrow")}
@@ -164,14 +174,11 @@ def _identity(path: Path, data: Data, cocktail: Cocktail, settings: Settings) ->
     }
 
 
-def _restores(cocktail: Cocktail) -> bool:
-    """Whether the weights of the best epoch are kept, not those of the last."""
-    return any(cocktail.of(EarlyStopping))
-
-
-def _results(data: Data, found: Fit, bare: Fit | None, cocktail: Cocktail) -> dict[str, Any]:
+def _results(data: Data, found: Fit, bare: Fit | None) -> dict[str, Any]:
     """What came of it; here alone the test part is scored."""
-    cocktail_scores = {part: _scores(data, found, part) for part in PARTS}
+    validated = found.validated or found.model  # a refit network has seen the validation part
+    last = found.history[-1]
+    kept = found.kept or last
     return {
         "network": "MLP " + " → ".join(map(str, [data.x.shape[1], *[WIDTH] * DEPTH, data.answers.outputs])),
         "duplicates": data.duplicates,
@@ -179,22 +186,24 @@ def _results(data: Data, found: Fit, bare: Fit | None, cocktail: Cocktail) -> di
         "notes": data.notes,
         "metric": data.answers.metric,
         "scores": {
-            "regularized": cocktail_scores,
-            "bare": {} if bare is None else {part: _scores(data, bare, part) for part in ("train", "valid")},
+            "regularized": {part: _scores(data, validated, part) for part in PARTS},
+            "bare": {} if bare is None else {part: _scores(data, bare.model, part) for part in ("train", "valid")},
+            "refit": {"test": _scores(data, found.model, "test")} if found.refit else {},
         },
         "baseline": {"valid": _baseline(data)},
         "history": {"regularized": found.history, "bare": [] if bare is None else bare.history},
-        "best_epoch": found.best_epoch if _restores(cocktail) else len(found.history),
-        "stop_epoch": len(found.history),
+        **{f"{name}_{unit}": row[unit] for name, row in (("best", kept), ("stop", last)) for unit in ("epoch", "step")},
         "stopped": found.stopped,
+        "reason": None if found.reason is None else found.reason.value,
+        "refit": found.refit,
         "parameters": sum(p.numel() for p in found.model.parameters()),
         "weights": weights_of(found.model, bare.model if bare is not None else None),
     }
 
 
-def _scores(data: Data, found: Fit, part: str) -> dict[str, float]:
+def _scores(data: Data, model: nn.Module, part: str) -> dict[str, float]:
     x, y = data.part(part)
-    return data.answers.scores(outputs_of(found.model, x), y)
+    return data.answers.scores(outputs_of(model, x), y)
 
 
 def _baseline(data: Data) -> dict[str, float]:

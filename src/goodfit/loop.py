@@ -1,10 +1,9 @@
-"""The reference loop on data: epochs of training, each followed by a validation."""
+"""The reference loop on data: steps of training, and what a model scores."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,56 +12,18 @@ from torch.optim import Optimizer
 
 from goodfit.data import to_device
 from goodfit.errors import GoodfitError
-from goodfit.progress import Progress
-from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.surgery.running import call_model, evaluating
 
-__all__ = ["LossFunction", "Prepare", "evaluate", "train_epoch", "train_epochs"]
+__all__ = ["LossFunction", "Prepare", "evaluate", "mean_and_stderr", "train_epoch", "train_steps"]
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 Prepare = Callable[[Tensor], Tensor]
 
 
-def train_epochs(
-    run: Run,
-    optimizer: Optimizer,
-    training: Any,
-    validation: Any,
-    measure: LossFunction,
-    prepare: Prepare | None,
-    epochs: int,
-    bar: Progress,
-) -> tuple[list[dict[str, Any]], str]:
-    """Train until the run does not want to go on: the history, a dict per epoch, and why it ended before the last one."""
-    history: list[dict[str, Any]] = []
-    best = math.inf
-    try:
-        for epoch in range(1, epochs + 1):
-            started = time.perf_counter()
-            train_loss = train_epoch(run, optimizer, training, prepare)
-            score = evaluate(run.model, validation, measure)
-            go_on = run.epoch(score, train_loss=train_loss)
-            best = min(best, score) if math.isfinite(score) else best
-            left = [n for one, state in run.states(EarlyStopping) if (n := one.patience_left(state)) is not None]
-            row = {"epoch": epoch, "train_loss": train_loss, "valid_loss": score, "penalty": run.penalty(), "best": best}
-            history.append(row | {"patience_left": min(left, default=None), "seconds": time.perf_counter() - started})
-            bar.tell(history[-1])
-            if not go_on:
-                return history, run.stopped
-            if not math.isfinite(train_loss):
-                return history, f"the training loss became {train_loss} in epoch {epoch}"
-    except KeyboardInterrupt:
-        if not history:
-            raise
-        return history, f"interrupted in epoch {len(history) + 1}"
-    return history, ""
-
-
-def train_epoch(run: Run, optimizer: Optimizer, training: Any, prepare: Prepare | None) -> float:
-    """One epoch; the mean loss over its rows, as it was during the epoch."""
+def train_steps(run: Run, optimizer: Optimizer, training: Any, prepare: Prepare | None) -> Iterator[tuple[Tensor, int]]:
+    """One epoch, step by step: the loss of each batch, as it was before its step, and its rows."""
     home = next(run.model.parameters()).device
-    total, rows = torch.zeros((), dtype=torch.float64, device=home), 0
     for batch in training:
         x, y = to_device(batch, home)
         if prepare is not None:
@@ -74,21 +35,57 @@ def train_epoch(run: Run, optimizer: Optimizer, training: Any, prepare: Prepare 
         run.gradient(optimizer)
         optimizer.step()
         run.step(optimizer)
-        total += loss.detach() * len(y)
-        rows += len(y)
+        yield loss.detach(), len(y)
+
+
+def train_epoch(run: Run, optimizer: Optimizer, training: Any, prepare: Prepare | None) -> float:
+    """One epoch; the mean loss over its rows, as it was during the epoch."""
+    home = next(run.model.parameters()).device
+    total, rows = torch.zeros((), dtype=torch.float64, device=home), 0
+    for loss, count in train_steps(run, optimizer, training, prepare):
+        total += loss * count
+        rows += count
     return float(total / rows)
+
+
+def evaluate(model: nn.Module, batches: Any, measure: LossFunction) -> float:
+    """The mean of `measure` over the rows, in eval mode; every submodule gets its own mode back."""
+    return mean_and_stderr(model, batches, measure, None)[0]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Any, measure: LossFunction) -> float:
-    """The mean of `measure` over the rows, in eval mode; every submodule gets its own mode back."""
+def mean_and_stderr(
+    model: nn.Module, batches: Any, measure: LossFunction, rowwise: LossFunction | None
+) -> tuple[float, float | None]:
+    """The same, and the standard error of that mean: over the rows where `rowwise` gives the loss of each, else over the
+    batches. None where there are too few of them to tell."""
+    means: list[Tensor] = []
+    sizes: list[int] = []
+    each: list[Tensor] | None = None if rowwise is None else []
     home = next(model.parameters()).device
-    total, rows = torch.zeros((), dtype=torch.float64, device=home), 0
     with evaluating(model):
         for batch in batches:
             x, y = to_device(batch, home)
-            total += measure(call_model(model, x), y).double() * len(y)
-            rows += len(y)
-    if not rows:
+            outputs = call_model(model, x)
+            means.append(measure(outputs, y).double().reshape(()))
+            sizes.append(len(y))
+            rows = None if rowwise is None or each is None else _rows(rowwise(outputs, y), means[-1], sizes[-1])
+            each = None if rows is None or each is None else [*each, rows]
+    if not sum(sizes):
         raise GoodfitError("valid has no rows; give at least one batch.")
-    return float(total / rows)
+    mean, weights = torch.stack(means), torch.tensor(sizes, dtype=torch.float64, device=home)
+    score = (mean * weights).sum() / weights.sum()
+    parts, counts = (mean, weights) if each is None else (torch.cat(each), torch.ones((), dtype=torch.float64, device=home))
+    if len(parts) < 2:
+        return float(score), None
+    spread = (counts * (parts - score).square()).sum() / (len(parts) - 1)
+    return float(score), math.sqrt(float(spread / weights.sum()))
+
+
+def _rows(losses: Tensor, mean: Tensor, count: int) -> Tensor | None:
+    """The loss of each row, None where their mean is not that of the batch: the loss weighs its rows, say."""
+    if losses.ndim == 0 or len(losses) != count or not count:
+        return None
+    rows = losses.double().reshape(count, -1).mean(1)
+    close = torch.isclose(rows.mean(), mean, rtol=torch.finfo(losses.dtype).eps ** 0.5, atol=0.0, equal_nan=True)
+    return rows if close else None

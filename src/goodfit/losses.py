@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from goodfit.errors import GoodfitError
 from goodfit.hyper import plain
 
-__all__ = ["loss_of", "score_of", "task_of"]
+__all__ = ["loss_of", "rowwise", "score_of", "task_of"]
 
 
 def loss_of(task: str) -> Callable[[Any, Tensor], Tensor]:
@@ -29,7 +31,19 @@ def task_of(y: Tensor) -> str:
     return "numbers" if y.is_floating_point() else "classes"
 
 
-def _squared_error(outputs: Any, y: Tensor) -> Tensor:
+def rowwise(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor] | None:
+    """The same loss without its mean, where it is one of a task or torch's own; else None."""
+    known: Any = loss
+    if known in _KNOWN or (isinstance(known, partial) and known.func in _KNOWN and "reduction" not in known.keywords):
+        return partial(known, reduction="none")
+    if type(loss).__module__ == nn.MSELoss.__module__ and getattr(loss, "reduction", "") == "mean":
+        apart = copy(loss)
+        apart.reduction = "none"  # type: ignore[attr-defined]
+        return apart
+    return None
+
+
+def _squared_error(outputs: Any, y: Tensor, reduction: str = "mean") -> Tensor:
     _refuse_others(outputs)
     if outputs.shape != y.shape:
         if outputs.shape != (*y.shape, 1) and (*outputs.shape, 1) != y.shape:
@@ -37,10 +51,10 @@ def _squared_error(outputs: Any, y: Tensor) -> Tensor:
                 f"The model must return one number per target of shape {tuple(y.shape)}, got {tuple(outputs.shape)}."
             )
         y = y.reshape(outputs.shape)
-    return F.mse_loss(outputs, y.to(outputs.dtype))
+    return F.mse_loss(outputs, y.to(outputs.dtype), reduction=reduction)
 
 
-def _cross_entropy(outputs: Any, y: Tensor) -> Tensor:
+def _cross_entropy(outputs: Any, y: Tensor, reduction: str = "mean") -> Tensor:
     _refuse_others(outputs)
     shape = tuple(outputs.shape)
     if outputs.ndim < 2 or shape[1] < 2:
@@ -56,7 +70,7 @@ def _cross_entropy(outputs: Any, y: Tensor) -> Tensor:
     if y.shape != expected:
         got = f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}"
         raise GoodfitError(f"Class targets must be integers of shape {each}, or probabilities of shape {shape}, got {got}.")
-    return F.cross_entropy(outputs, y)
+    return F.cross_entropy(outputs, y, reduction=reduction)
 
 
 def _refuse_others(outputs: Any) -> None:
@@ -65,6 +79,18 @@ def _refuse_others(outputs: Any) -> None:
 
 
 _LOSSES: dict[str, Callable[[Any, Tensor], Tensor]] = {"classes": _cross_entropy, "numbers": _squared_error}
+_KNOWN: tuple[Callable[..., Tensor], ...] = (
+    *_LOSSES.values(),
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.cross_entropy,
+    F.nll_loss,
+    F.poisson_nll_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+)
 
 
 def score_of(value: Any) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from goodfit.batchnorms.present import by_batch
 from goodfit.errors import GoodfitError
-from goodfit.fitting import as_reals, optimizer_for
 from goodfit.loop import evaluate, train_epoch
 from goodfit.paths.problem import Problem, tensors
+from goodfit.preparation import as_reals, optimizer_for
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.small_batches import merged_for_norms

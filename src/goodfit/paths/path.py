@@ -10,7 +10,6 @@ from torch import nn
 
 from goodfit.data import batches_of, peek, to_device
 from goodfit.errors import GoodfitError
-from goodfit.fitting import MakeOptimizer, averaged
 from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, task_of
 from goodfit.paths.course import Course
@@ -20,6 +19,7 @@ from goodfit.paths.linear import is_linear
 from goodfit.paths.problem import Problem, along, template
 from goodfit.paths.result import Path
 from goodfit.phases import Regularizer
+from goodfit.preparation import MakeOptimizer, averaged
 from goodfit.progress import Progress
 from goodfit.regularizers.sparsity import L1
 

@@ -97,27 +97,29 @@ def finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def curves(history: dict[str, list[dict[str, Any]]], best_epoch: int | None, stop_epoch: int | None) -> Curves | None:
-    """The learning curves, or None where there is no finite loss at all."""
-    values = {pair: _points(history.get(pair[0]) or [], pair[1]) for pair in _SERIES}
+def curves(
+    history: dict[str, list[dict[str, Any]]], best_at: int | None, stop_at: int | None, unit: str = "epoch"
+) -> Curves | None:
+    """The learning curves over epochs or steps, or None where there is no finite loss at all."""
+    values = {pair: _points(history.get(pair[0]) or [], pair[1], unit) for pair in _SERIES}
     drawn = {pair: [y for _, y in points if finite(y)] for pair, points in values.items()}
     if not any(drawn.values()):
         return None
-    epochs = [x for points in values.values() for x, _ in points]
-    first, last = min(epochs), max(epochs)
+    times = [x for points in values.values() for x, _ in points]
+    first, last = min(times), max(times)
     wide = 0.0 if last > first else 1.0
     low, high, log = _limits(drawn)
     x = Scale(first - wide, last + wide, LEFT, RIGHT)
     y = Scale(low, high, BOTTOM, TOP, log)
-    keep = {best_epoch, stop_epoch, last}
+    keep = {best_at, stop_at, last}
     lines = [_line(*pair, _thin(points, keep), x, y) for pair, points in values.items() if drawn[pair]]
-    best = [v for e, v in values["regularized", "valid"] if e == best_epoch and finite(v)]
-    stop = stop_epoch if finite(stop_epoch) else None
+    best = [v for e, v in values["regularized", "valid"] if e == best_at and finite(v)]
+    stop = stop_at if finite(stop_at) else None
     return Curves(
         lines=lines,
         x_ticks=[Mark(x(at), BOTTOM, f"{at:,.0f}") for at in _ticks(first, last, 8, 1.0)],
         y_ticks=[Mark(LEFT, y(at), _tick_text(at)) for at in (_log_ticks(low, high) if log else _ticks(low, high, 6))],
-        best=Mark(x(best_epoch), y(best[0]), "best") if best and best_epoch is not None else None,
+        best=Mark(x(best_at), y(best[0]), "best") if best and best_at is not None else None,
         stop=Mark(x(stop), TOP, "stop") if stop is not None and first <= stop <= last else None,
         log=log,
         clipped=_clipped(values, low, high),
@@ -160,8 +162,8 @@ def percent(share: Any) -> str:
     return f"{text} %" if text != "100.0" else "100 %" if share >= 1 else "> 99.9 %"
 
 
-def _points(rows: list[dict[str, Any]], split: str) -> list[tuple[float, Any]]:
-    return [(row["epoch"], row.get(f"{split}_loss")) for row in rows if finite(row.get("epoch"))]
+def _points(rows: list[dict[str, Any]], split: str, unit: str) -> list[tuple[float, Any]]:
+    return [(row[unit], row.get(f"{split}_loss")) for row in rows if finite(row.get(unit))]
 
 
 def _thin(points: list[tuple[float, Any]], keep: set[Any]) -> list[tuple[float, Any]]:

@@ -57,7 +57,8 @@ def _shorten(text: Any, most: int = 80) -> str:
 def _view(data: dict[str, Any]) -> dict[str, Any]:
     history, weights, columns = (data.get(key) or {} for key in ("history", "weights", "columns"))
     kernels = [(weight, bars) for weight in weights if weight.get("role") == "kernel" and (bars := histogram(weight))]
-    texts = ("title", "command", "target", "cocktail", "cocktail_repr", "network", "stopped", "metric")
+    texts = ("title", "command", "target", "cocktail", "cocktail_repr", "network", "stopped", "metric", "refit")
+    unit, best_at = _unit(data), data.get(f"best_{_unit(data)}")
     mood, verdict = _verdict(data)
     return {
         **{key: "" if data.get(key) is None else str(data[key]) for key in texts},
@@ -66,13 +67,14 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "is_classes": data.get("task") == "classes",
         "parameters": data.get("parameters"),
         "seconds": data.get("seconds"),
-        "best_epoch": data.get("best_epoch"),
-        "stop_epoch": data.get("stop_epoch"),
+        "unit": unit,
+        "best_at": best_at,
+        "stop_at": data.get(f"stop_{unit}"),
         "mood": mood,
         "verdict": verdict,
         "warning": _warning(data),
         "scores": _scores(data),
-        "curves": curves(history, data.get("best_epoch"), data.get("stop_epoch")) if history else None,
+        "curves": curves(history, best_at, data.get(f"stop_{unit}"), unit) if history else None,
         "gaps": _gaps(data),
         "weights": [_filled(weight, "name", "shape", "role", "zeros", "norm", "bare_zeros", "bare_norm") for weight in weights],
         "histograms": kernels[:MOST_CHARTS],
@@ -84,6 +86,11 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "seed": data.get("seed"),
         "versions": data.get("versions") or {},
     }
+
+
+def _unit(data: dict[str, Any]) -> str:
+    """What validations are counted in."""
+    return "step" if data.get("check_every") else "epoch"
 
 
 def _filled(row: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -99,11 +106,12 @@ _SPLITS = (("train", "Training"), ("valid", "Validation"), ("test", "Test"))
 
 
 def _scores(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """One block per metric, the main one first; only the regularized network is ever tested."""
+    """One block per metric, the main one first; the bare network is never tested."""
     scores = data.get("scores") or {}
     networks: list[tuple[str, dict[str, Any], tuple[str, ...]]]
     networks = [("Regularized", scores.get("regularized") or {}, ("train", "valid", "test"))]
     networks += [("Bare", scores.get("bare") or {}, ("train", "valid"))] if scores.get("bare") else []
+    networks += [("Refit", scores["refit"], ("test",))] if scores.get("refit") else []
     networks += [("Baseline", data["baseline"], ("train", "valid"))] if data.get("baseline") else []
     names = dict.fromkeys([data.get("metric"), *(m for _, by, _ in networks for split in by.values() for m in split or {})])
     blocks = []
@@ -117,56 +125,56 @@ def _scores(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _gaps(data: dict[str, Any]) -> list[tuple[str, Any, Any, Any, Any]]:
-    """(network, epoch, training loss, validation loss, gap): at the end, and where the kept weights are from."""
-    history = data.get("history") or {}
+    """(network, epoch or step, training loss, validation loss, gap): at the end, and where the kept weights are from."""
+    history, unit = data.get("history") or {}, _unit(data)
     found = []
     for network, name in (("regularized", "Regularized"), ("bare", "Bare")):
         rows = history.get(network) or []
-        kept = [row for row in rows[:-1] if network == "regularized" and row.get("epoch") == data.get("best_epoch")]
+        kept = [row for row in rows[:-1] if network == "regularized" and row.get(unit) == data.get(f"best_{unit}")]
         for row, what in [*((row, "best") for row in kept[:1]), *((row, "end") for row in rows[-1:])]:
             train, valid = row.get("train_loss"), row.get("valid_loss")
             gap = valid - train if finite(train) and finite(valid) else None
-            found.append((f"{name}, {what}", row.get("epoch"), train, valid, gap))
+            found.append((f"{name}, {what}", row.get(unit), train, valid, gap))
     return found
 
 
 def _verdict(data: dict[str, Any]) -> tuple[str, str]:
     """A few words, and the sentence that bears them out."""
-    history = data.get("history") or {}
-    regularized, bare = (_losses(history.get(key) or []) for key in ("regularized", "bare"))
-    kept = [loss for loss in regularized if loss[1] == data.get("best_epoch")] or [min(regularized, default=(math.inf, 0))]
+    history, unit = data.get("history") or {}, _unit(data)
+    regularized, bare = (_losses(history.get(key) or [], unit) for key in ("regularized", "bare"))
+    kept = [loss for loss in regularized if loss[1] == data.get(f"best_{unit}")] or [min(regularized, default=(math.inf, 0))]
     if not regularized:
         return "No verdict.", "The regularized network has no validation loss that is a number."
-    loss, epoch = kept[0]
-    first = f"The regularized network’s validation loss is {number(loss)}, from epoch {epoch}"
+    loss, at = kept[0]
+    first = f"The regularized network’s validation loss is {number(loss)}, from {unit} {at}"
     if not bare:
         return "Nothing to compare with.", f"{first}; there is no bare network’s loss beside it."
-    best, best_epoch = min(bare)
+    best, best_at = min(bare)
     end, _ = bare[-1]
     scale = max(abs(best), abs(loss)) or 1.0
     gain, decline = (best - loss) / scale, (end - best) / scale
-    text = f"{first}; the bare one’s best was {number(best)}, at epoch {best_epoch}"
+    text = f"{first}; the bare one’s best was {number(best)}, at {unit} {best_at}"
     if decline > MARGIN:
         text += f", and it ended at {number(end)}"
-        if decline > CLEARLY and _memorised(history["bare"], best_epoch):
-            text += f": it had started to memorise at epoch {best_epoch}"
+        if decline > CLEARLY and _memorised(history["bare"], best_at, unit):
+            text += f": it had started to memorise at {unit} {best_at}"
     if gain > MARGIN:
         return "Regularization helped.", text + "."
     if gain < -MARGIN:
-        return "Regularization did not help.", f"{text}. Stopped at its best epoch, the bare network is better."
+        return "Regularization did not help.", f"{text}. Stopped at its best {unit}, the bare network is better."
     if decline > MARGIN:
-        return "Regularization made it no better.", f"{text}. Stopped at its best epoch, the bare network is as good."
+        return "Regularization made it no better.", f"{text}. Stopped at its best {unit}, the bare network is as good."
     return "Regularization made no difference.", f"{text}. The bare network is as good."
 
 
-def _losses(rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
-    return [(row["valid_loss"], row["epoch"]) for row in rows if finite(row.get("valid_loss")) and finite(row.get("epoch"))]
+def _losses(rows: list[dict[str, Any]], unit: str) -> list[tuple[float, int]]:
+    return [(row["valid_loss"], row[unit]) for row in rows if finite(row.get("valid_loss")) and finite(row.get(unit))]
 
 
-def _memorised(rows: list[dict[str, Any]], epoch: int) -> bool:
-    """Whether the training loss still fell after `epoch`, while the validation loss did not."""
-    losses: dict[Any, float] = {row.get("epoch"): row["train_loss"] for row in rows if finite(row.get("train_loss"))}
-    return epoch in losses and list(losses.values())[-1] < losses[epoch]
+def _memorised(rows: list[dict[str, Any]], at: int, unit: str) -> bool:
+    """Whether the training loss still fell after that, while the validation loss did not."""
+    losses: dict[Any, float] = {row.get(unit): row["train_loss"] for row in rows if finite(row.get("train_loss"))}
+    return at in losses and list(losses.values())[-1] < losses[at]
 
 
 def _warning(data: dict[str, Any]) -> str:

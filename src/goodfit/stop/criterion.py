@@ -30,6 +30,8 @@ class Reason(Enum):
     BUDGET = "no time left"
     EVIDENCE = "gradients that are noise"
     NONFINITE = "a score that is not finite"
+    INTERRUPTED = "Ctrl-C"
+    FAILED = "an error"
     OTHER = "another criterion"
 
 

@@ -1,0 +1,112 @@
+"""What a fit is made ready with: where the model is, its optimizer, its loss, its targets, its schedules in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, AdamW, Optimizer
+
+from goodfit.cocktail import Cocktail
+from goodfit.errors import GoodfitError
+from goodfit.hooks import lacking
+from goodfit.hyper import hypers
+from goodfit.loop import LossFunction, Prepare
+from goodfit.phases import Batch, Regularizer
+from goodfit.regularizers.early_stopping import EarlyStopping
+from goodfit.schedules import Schedule
+from goodfit.surgery.running import call_model, evaluating
+
+__all__ = ["MakeOptimizer", "as_reals", "averaged", "home_of", "in_steps", "optimizer_for", "refuse_maximizing"]
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def home_of(model: Any, device: torch.device | str | None) -> torch.device:
+    """Where the model trains; it goes there."""
+    if not isinstance(model, nn.Module):
+        raise GoodfitError(f"fit takes a torch.nn.Module first, got {model!r:.60}; give an instance.")
+    try:
+        home = next((p.device for p in model.parameters()), torch.device("cpu")) if device is None else torch.device(device)
+        model.to(home)
+    except (RuntimeError, AssertionError) as wrong:
+        why = (str(wrong).splitlines() or [""])[0]
+        raise GoodfitError(f"device must be one that torch has here, got {device!r} ({why}); leave it out.") from None
+    return home
+
+
+def optimizer_for(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
+    """The optimizer that was given, made or meant; refuses one that cannot train the whole model."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise GoodfitError(f"{type(model).__name__} has no trainable parameter; unfreeze some.")
+    if given is None:
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+        return AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=fused)
+    made = given if isinstance(given, Optimizer) else given(parameters) if callable(given) else given
+    if not isinstance(made, Optimizer) or isinstance(made, LBFGS):
+        raise GoodfitError(
+            f"optimizer must be one that steps without a closure, or a function from parameters to one, got {made!r}."
+        )
+    name = lacking(model, [made])
+    if name is not None:
+        raise GoodfitError(
+            f"The optimizer lacks the trainable parameter {name}; give fit a function that makes it from the parameters, "
+            "as in optimizer=lambda parameters: SGD(parameters, lr=0.1), or freeze the parameter."
+        )
+    return made
+
+
+def in_steps(cocktail: Cocktail, training: Any) -> Cocktail:
+    """The cocktail with all schedules in steps: a fit knows how many an epoch has."""
+    try:
+        steps = len(training)
+    except TypeError:  # an iterable dataset has no length
+        steps = None
+
+    def resolved(one: Regularizer) -> Regularizer:
+        moving = {name: getattr(one, name) for name, _ in hypers(one) if isinstance(getattr(one, name), Schedule)}
+        return replace(one, **{name: schedule.in_steps(steps) for name, schedule in moving.items()})
+
+    return Cocktail(*(resolved(one) if one.scheduled else one for one in cocktail))
+
+
+def refuse_maximizing(cocktail: Cocktail) -> None:
+    """Refuse scores that would be higher for better: those of fit are losses."""
+    for one in cocktail.of(EarlyStopping):
+        if one.mode == "max":
+            raise GoodfitError(f"fit scores by the validation loss, where lower is better, got {one}; leave mode out.")
+
+
+def as_reals(cocktail: Cocktail, kind: str, model: nn.Module, x: Any, y: Tensor) -> Prepare | None:
+    """What makes whole targets mixable for a Batch regularizer: reals, or probabilities over the classes of the model."""
+    if y.is_floating_point() or not any(cocktail.of(Batch)):
+        return None
+    if kind == "numbers":
+        return lambda y: y.to(torch.get_default_dtype())
+    with torch.no_grad(), evaluating(model):
+        outputs = call_model(model, x)
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+        raise GoodfitError("A cocktail that mixes class targets needs a model that returns scores (rows, classes).")
+
+    def one_hot(y: Tensor) -> Tensor:
+        y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
+        return nn.functional.one_hot(y.to(torch.int64), outputs.shape[1]).movedim(-1, 1).to(outputs.dtype)
+
+    return one_hot
+
+
+def averaged(measure: LossFunction) -> LossFunction:
+    """The loss function, refusing what is not one number."""
+
+    def checked(outputs: Any, y: Tensor) -> Tensor:
+        value = measure(outputs, y)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise GoodfitError(f"loss(outputs, y) must return a tensor of one number, the mean over the rows, got {shown}.")
+        return value
+
+    return checked

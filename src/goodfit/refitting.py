@@ -1,0 +1,119 @@
+"""Refit: what validation has found to be enough, done once more on train and valid together."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+
+from goodfit.cocktail import Cocktail
+from goodfit.data import Batches, Order, batches_of, uncounted
+from goodfit.errors import GoodfitError
+from goodfit.loop import train_steps
+from goodfit.phases import Epoch
+from goodfit.progress import Progress
+from goodfit.regularizers.early_stopping import EarlyStopping
+from goodfit.rows import joined
+from goodfit.training import Training
+
+__all__ = ["joined_data", "refuse_refit", "steps_for", "train_for", "without_stopping"]
+
+
+def refuse_refit(how: Any, optimizer: Any) -> None:
+    """Refuse a way to refit that is not known, and an optimizer that holds the weights of the first training."""
+    if how not in (None, "steps", "epochs"):
+        raise GoodfitError(f"refit must be 'steps' or 'epochs', or left out, got refit={how!r}.")
+    if how is not None and isinstance(optimizer, Optimizer):
+        raise GoodfitError(
+            "refit trains a fresh model, which needs an optimizer of its own; give a function that makes it from the "
+            "parameters, as in optimizer=lambda parameters: SGD(parameters, lr=0.1)."
+        )
+
+
+def joined_data(train: Any, valid: Any, size: int, seed: int) -> Any:
+    """Batches over the rows of both, in the order and size of those of train."""
+    if isinstance(train, Batches) and isinstance(valid, Batches):
+        x, y = joined([(train.x, train.y), (valid.x, valid.y)])
+        return Batches(x, y, Order(len(y), train.order.size, shuffle=train.order.shuffle, seed=train.order.seed))
+    rows: Any = ConcatDataset([_dataset(train, "train"), _dataset(valid, "valid")])
+    if not isinstance(train, DataLoader) or isinstance(train.batch_sampler, Order):
+        return batches_of(rows, "train", size, shuffle=True, seed=seed)
+    if isinstance(valid, DataLoader) and valid.collate_fn is not train.collate_fn:
+        raise GoodfitError("refit joins train and valid, which must make batches of rows in one way; give both one collate_fn.")
+    return DataLoader(
+        rows,
+        batch_size=train.batch_size,
+        shuffle=isinstance(train.sampler, RandomSampler),
+        num_workers=train.num_workers,
+        collate_fn=train.collate_fn,
+        pin_memory=train.pin_memory,
+        drop_last=train.drop_last,
+        generator=None if train.generator is None else torch.Generator().manual_seed(train.generator.initial_seed()),
+        worker_init_fn=train.worker_init_fn,
+    )
+
+
+def _dataset(batches: Any, name: str) -> Dataset[Any]:
+    """The rows behind batches, where those are all rows of a dataset, each once."""
+    if isinstance(batches, Batches) and isinstance(batches.x, torch.Tensor):
+        return TensorDataset(batches.x, batches.y)
+    rows = getattr(batches, "dataset", None)
+    sampler = getattr(batches, "sampler", None)
+    whole = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(rows or ())
+    )
+    known = isinstance(getattr(batches, "batch_sampler", None), Order) or (whole and batches.batch_size is not None)
+    if rows is None or isinstance(rows, IterableDataset) or not known:
+        raise GoodfitError(
+            f"refit joins the rows of train and valid, which {name} does not tell; give tensors, a Dataset, or a DataLoader "
+            "without a sampler of its own."
+        )
+    return rows
+
+
+def without_stopping(cocktail: Cocktail) -> Cocktail:
+    """The cocktail in which nothing hears scores; every other regularizer keeps its place, and so its random numbers."""
+    return Cocktail(*(EarlyStopping(math.inf) if isinstance(one, Epoch) else one for one in cocktail))
+
+
+def steps_for(how: str, step: int, before: Any, both: Any) -> tuple[int, str]:
+    """How many optimizer steps a refit takes, and how to say it: as many, or as many passes over the data."""
+    if how == "steps":
+        return step, f"refit on train and valid for the {step} steps of the kept weights"
+    passes = step / _length(before)
+    steps = max(round(passes * _length(both)), 1)
+    return steps, f"refit on train and valid for the {passes:g} epochs of the kept weights, which are {steps} steps"
+
+
+def train_for(work: Training, steps: int, bar: Progress) -> str:
+    """So many steps and no check; why the weights are of no use, "" where they are."""
+    done = 0
+    try:
+        while done < steps:
+            left = steps - done
+            for _ in islice(train_steps(work.run, work.optimizer, work.train, work.prepare), left):
+                done += 1
+                bar.show(done, f"step {done} of {steps}")
+    except KeyboardInterrupt:
+        return f"was interrupted at step {done} of {steps}"
+    return "" if all(bool(p.isfinite().all()) for p in work.run.model.parameters()) else "diverged"
+
+
+def _length(batches: Any) -> int:
+    """The steps of an epoch, counted where they are not told."""
+    try:
+        return len(batches)
+    except TypeError:
+        return sum(1 for _ in uncounted(batches))

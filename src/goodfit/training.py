@@ -1,0 +1,128 @@
+"""A training with checks: what came of it can be had at any moment, however it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from goodfit.data import uncounted
+from goodfit.errors import GoodfitError
+from goodfit.loop import LossFunction, Prepare, evaluate, mean_and_stderr, train_steps
+from goodfit.progress import Progress
+from goodfit.regularizers.early_stopping import EarlyStopping
+from goodfit.run import Run
+from goodfit.stop.criterion import Reason
+from goodfit.stop.gradients import evidence
+
+__all__ = ["Training"]
+
+
+@dataclass
+class Training:
+    """Epochs of the reference loop on `train`, checked on `valid` after each, or after every so many steps.
+
+    measure: f(outputs, y) → mean over the rows; rowwise: the loss of each row, where it is known. history: a dict per check.
+    stopped: why it ended before the last epoch, "" where it did not; reason: the same in one word.
+    """
+
+    run: Run
+    optimizer: Optimizer
+    train: Any
+    valid: Any
+    measure: LossFunction
+    rowwise: LossFunction | None
+    prepare: Prepare | None
+    check_every: int | None = None
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str = ""
+    reason: Reason | None = None
+    _total: float | Tensor = 0.0
+    _rows: int = 0
+    _began: float = field(default_factory=time.perf_counter)
+
+    def go(self, epochs: int, bar: Progress) -> None:
+        """Train until the run does not want to go on, the epochs are over, or Ctrl-C behind the first check."""
+        try:
+            for self.epoch in range(1, epochs + 1):
+                if not self._go_on(bar):
+                    return
+        except KeyboardInterrupt:
+            if not self.history:
+                raise KeyboardInterrupt(f"interrupted in epoch {self.epoch}, before the first check") from None
+            self._end(f"interrupted in epoch {self.epoch}", Reason.INTERRUPTED)
+        except BaseException as wrong:
+            self._end(f"ended by {type(wrong).__name__} in epoch {self.epoch}", Reason.FAILED)
+            raise
+        if not self.history:
+            raise GoodfitError(f"check_every={self.check_every} is more than the {self.step} steps of all epochs; say less.")
+
+    def kept(self) -> dict[str, Any] | None:
+        """The row of the check whose weights `run.finish` leaves in the model, None where no check has seen them."""
+        best = [int(state["best_step"]) for one, state in self.run.states(EarlyStopping) if one.restores(state)]
+        if not best and self.reason in (Reason.INTERRUPTED, Reason.FAILED):  # in the middle of a step, maybe
+            return None
+        step = best[-1] if best else self.step
+        return next((row for row in self.history if row["step"] == step), None)
+
+    def finish(self) -> None:
+        """The weights to keep, into the model."""
+        self.run.finish(uncounted(self.train))
+
+    def score(self) -> float:
+        """What the model scores as it is."""
+        return evaluate(self.run.model, self.valid, self.measure)
+
+    def _go_on(self, bar: Progress) -> bool:
+        """One epoch with its checks; whether another may follow."""
+        for loss, rows in train_steps(self.run, self.optimizer, self.train, self.prepare):
+            self._total, self._rows = self._total + loss.double() * rows, self._rows + rows
+            self.step += 1
+            if self.check_every and self.step % self.check_every == 0 and not self._check(bar):
+                return False
+        return bool(self.check_every) or self._check(bar)
+
+    def _check(self, bar: Progress) -> bool:
+        """Score what would be kept, and tell the run; whether to go on."""
+        train_loss = float(self._total / self._rows)
+        with self.run.view(uncounted(self.train)):
+            score, stderr = mean_and_stderr(self.run.model, self.valid, self.measure, self.rowwise)
+            self._refuse_unknown(stderr)
+            noise = evidence(self.run.model, self.measure, uncounted(self.train)) if self._asked("evidence") else None
+            go_on = self.run.epoch(score, train_loss=train_loss, stderr=stderr, evidence=noise)
+        left = [n for one, state in self.run.states(EarlyStopping) if (n := one.patience_left(state)) is not None]
+        scores = [row["valid_loss"] for row in self.history] + [score]
+        now = time.perf_counter()
+        row = {"epoch": self.epoch, "step": self.step, "train_loss": train_loss, "valid_loss": score, "stderr": stderr}
+        row |= {"penalty": self.run.penalty(), "best": min(filter(math.isfinite, scores), default=math.inf)}
+        self.history.append(row | {"patience_left": min(left, default=None), "seconds": now - self._began})
+        self._total, self._rows, self._began = 0.0, 0, now
+        bar.tell(self.history[-1])
+        if not go_on:
+            self._end(self.run.stopped, self.run.reason)
+        elif not math.isfinite(train_loss) and not self._rolls_back():
+            self._end(f"the training loss became {train_loss} in epoch {self.epoch}", Reason.NONFINITE)
+        return not self.stopped
+
+    def _asked(self, name: str) -> bool:
+        """Whether a criterion asks for it."""
+        return any(name in one.criterion.needs for one, _ in self.run.states(EarlyStopping))
+
+    def _refuse_unknown(self, stderr: float | None) -> None:
+        if stderr is None and self._asked("stderr"):
+            raise GoodfitError(
+                "The standard error of the validation loss is not known for one row, nor for one batch of a loss that does "
+                "not tell its rows apart; give valid in more batches, or a criterion without stderrs."
+            )
+
+    def _rolls_back(self) -> bool:
+        return any(one.nonfinite == "rollback" for one, _ in self.run.states(EarlyStopping))
+
+    def _end(self, stopped: str, reason: Reason | None) -> None:
+        self.stopped, self.reason = stopped, reason
