@@ -437,6 +437,14 @@ def test_a_refit_is_a_fit_on_all_rows_for_the_number_found(how: str, wrap: Any) 
     assert not same(found.model.state_dict(), found.validated.state_dict())
 
 
+def test_a_refit_of_an_edited_model_with_averages_and_batch_norms() -> None:
+    mix = Cocktail(BatchNorm(), Dropout(0.2), Mean(0.3), EarlyStopping(3))
+    found = short(net(), cocktail=mix, epochs=20, refit="epochs", seed=3)
+    alone = short(net(), BOTH, VALID, Cocktail(*tuple(mix)[:3]), epochs=found.kept["epoch"], seed=3)
+    assert same(found.model.state_dict(), alone.model.state_dict())
+    assert scored(found.validated) == pytest.approx(found.score, rel=1e-12)
+
+
 @pytest.mark.parametrize(("how", "length"), [("steps", 8), ("epochs", 10)])
 def test_a_schedule_in_epochs_is_the_same_in_steps_or_in_epochs(how: str, length: int) -> None:
     rates: list[float] = []
