@@ -293,6 +293,12 @@ def test_a_check_that_never_comes_is_refused() -> None:
             short(net(), check_every=wrong)
 
 
+def test_workers_that_persist_cannot_be_asked_twice_at_a_time() -> None:
+    loader = DataLoader(TensorDataset(*TRAIN), batch_size=8, num_workers=1, persistent_workers=True)
+    with pytest.raises(GoodfitError, match="would begin the epoch anew; make the loader with persistent_workers=False"):
+        short(net(), loader, VALID, Cocktail(Mean(0.2), EarlyStopping(3)), check_every=3)
+
+
 def test_a_standard_error_is_over_rows_or_over_batches() -> None:
     model = net()
     batches = [(X[:5], Y[:5]), (X[5:8], Y[5:8]), (X[8:12], Y[8:12])]
