@@ -56,7 +56,7 @@ def verdict(
             anchor, improved_at = v, now
             continue
         enough = now - improved_at >= patience or (not finite and nonfinite == "stop")
-        if enough and now > warmup:
+        if enough and (now > warmup or not warmup):
             return Verdict(i, sign * best, best_check)
     return Verdict(None, sign * best, best_check)
 

@@ -260,7 +260,7 @@ def test_report_is_drawn_anew_and_list_shows_every_regularizer(goodfit: Callable
     for part in (
         "Dropout  [Build]",
         "p = 0.2   in [0, 1), off at 0",
-        "patience = 20",
+        "patience = 30",
         "off at inf",
         "Tibshirani 1996",
         "GL  [criterion",

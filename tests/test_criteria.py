@@ -589,7 +589,7 @@ def _told(criterion: Criterion, scores: tuple[float, ...]) -> list[torch.Tensor]
 def test_every_reason_is_reached_and_named_once() -> None:
     kinds = [kind.kind for kind in CRITERIA if kind is not Smoothed]
     assert len(set(kinds)) == len(kinds)
-    assert set(Reason) - set(kinds) == {Reason.NONFINITE, Reason.OTHER}
+    assert set(Reason) - set(kinds) == {Reason.NONFINITE, Reason.INTERRUPTED, Reason.FAILED, Reason.OTHER}
     assert all(a.value != b.value for a, b in itertools.combinations(Reason, 2))
 
 

@@ -66,7 +66,7 @@ class EarlyStopping(Epoch, Finish):
     """
 
     patience: float | Criterion = hyper(  # noqa: RUF009 (a field, as all numbers)
-        20, valid="[1, inf]", off=math.inf, low=5, high=100, log=True, unit="checks", fixed=True, instead=Criterion
+        30, valid="[1, inf]", off=math.inf, low=5, high=100, log=True, unit="checks", fixed=True, instead=Criterion
     )
     min_delta: float = hyper(0.0, valid="[0, inf)", low=0.0, high=1e-2, unit="score", fixed=True)
     rel_delta: float = hyper(0.0, valid="[0, inf)", low=0.0, high=1e-2, fixed=True)

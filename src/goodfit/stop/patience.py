@@ -39,7 +39,7 @@ class Patience(Criterion):
 
     kind: ClassVar[Reason] = Reason.PATIENCE
 
-    patience: float = hyper(20, valid="[1, inf]", low=5, high=100, log=True, unit="checks", fixed=True)
+    patience: float = hyper(30, valid="[1, inf]", low=5, high=100, log=True, unit="checks", fixed=True)
     min_delta: float = hyper(0.0, valid="[0, inf)", low=0.0, high=1e-2, unit="score", fixed=True)
     rel_delta: float = hyper(0.0, valid="[0, inf)", low=0.0, high=1e-2, fixed=True)
     stderrs: float = hyper(0.0, valid="[0, inf)", low=0.0, high=2.0, unit="standard errors", fixed=True)
