@@ -29,6 +29,7 @@ from goodfit.run import Run
 from goodfit.small_batches import merged_for_norms, refuse_single_values
 from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import training as training_mode
+from goodfit.tensors import put
 from goodfit.training import Training
 
 __all__ = ["Fit", "fit"]
@@ -160,9 +161,7 @@ class _Recipe:
             warnings.warn(f"The refit {failed}: the model is the validated one.", GoodfitWarning, stacklevel=3)
             return found
         anew.finish()
-        validated = {name: t.clone() for name, t in found.model.state_dict().items()}
-        found.model.load_state_dict(start.state_dict())
-        start.load_state_dict(validated)
+        _swap(found.model, start)
         return replace(found, refit=told, validated=start)
 
 
@@ -190,6 +189,15 @@ def _finished(work: Training, failed: bool = False) -> Fit:
         )
     best = min(history, key=lambda row: row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf)
     return Fit(work.run.model, history, work.stopped, score, best["epoch"], kept, work.reason)
+
+
+def _swap(one: nn.Module, other: nn.Module) -> None:
+    """Two models of one build exchange all numbers: whoever holds the one has those of the other."""
+    mine, theirs = (dict(m.named_parameters()) | dict(m.named_buffers()) for m in (one, other))
+    for name, tensor in mine.items():
+        before = tensor.detach().clone()
+        put(tensor, theirs[name].detach())
+        put(theirs[name], before)
 
 
 def _as_recorded(model: nn.Module, score: float, recorded: float) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from goodfit.data import uncounted
 from goodfit.errors import GoodfitError
 from goodfit.loop import LossFunction, Prepare, evaluate, mean_and_stderr, train_steps
+from goodfit.phases import Finish
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
@@ -46,6 +47,14 @@ class Training:
     _total: float | Tensor = 0.0
     _rows: int = 0
     _began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        looks = self._asked("evidence") or any(one.averages for one, _ in self.run.states(Finish))
+        if self.check_every and looks and getattr(getattr(self.train, "loader", self.train), "persistent_workers", False):
+            raise GoodfitError(
+                "check_every looks at the training data in the middle of an epoch here, for averages or evidence, and workers "
+                "that persist would begin the epoch anew; make the loader with persistent_workers=False."
+            )
 
     def go(self, epochs: int, bar: Progress) -> None:
         """Train until the run does not want to go on, the epochs are over, or Ctrl-C behind the first check."""
