@@ -1,244 +1,198 @@
-"""Early stopping of the installed packages, each through its own objects, asked the same questions.
+"""Early stopping as each installed package does it, in that package's own training loop.
 
-Keras and skorch hear epochs through their callbacks, Ignite runs its engines, Lightning is asked for its decision, Hugging
-Face hears its callback and then the Trainer's own rule of the best, scikit-learn trains a perceptron whose score is given.
+Each adapter trains a model whose weights are `i` while check `i` is heard, hands the scores to the package's own early
+stopping, and tells after which check the training ended, what the package calls its best, and whose weights it left.
+Nothing is corrected: a patience is handed over as it is, and an option that a package lacks is refused with `NoOption`.
+Those with a trainer that saves checkpoints are in stopping_trainers.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from importlib import import_module
-from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
+import numpy as np
 import torch
-from stopping_peer import Peer, Torchs, ages
-from stopping_rules import Asked
-from torch import nn, optim
-
-import goodfit as gf
-
-__all__ = ["PEERS"]
-
-os.environ.setdefault("KERAS_BACKEND", "torch")
+from stopping_job import Job, Marked, NoOption, Outcome, Scores, needs_no, number, parts
+from torch import nn
 
 
-class Goodfit(Peer):
-    package = "goodfit"
-    offers = frozenset({"relative", "warmup", "restore"})
+def goodfit(scores: Scores, job: Job) -> Outcome:
+    from goodfit import EarlyStopping
+    from goodfit.stop import Patience, Target
 
-    def start(self) -> None:
-        one, self.host = self.asked, Torchs()
-        absolute, relative = (0.0, one.delta) if one.relative else (one.delta, 0.0)
-        self.own = gf.EarlyStopping(one.patience, absolute, relative, one.warmup).watch(self.host.model)
-
-    def check(self, score: float) -> bool:
-        return self.own(score)
-
-    def kept(self) -> str:
-        self.own.restore()
-        return super().kept()
-
-
-class Keras(Peer):
-    package = "keras"
-    offers = frozenset({"warmup", "restore"})
-
-    def start(self) -> None:
-        keras, one = import_module("keras"), self.asked
-        self.model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1), keras.layers.BatchNormalization()])
-        self.callback = keras.callbacks.EarlyStopping(
-            min_delta=one.delta,
-            patience=one.patience,
-            mode="min",
-            restore_best_weights=one.restore,
-            start_from_epoch=one.warmup,
-        )
-        self.model.stop_training = False  # as fit does
-        self.callback.set_model(self.model)
-        self.callback.on_train_begin()
-
-    def fill(self, number: int) -> None:
-        self.model.set_weights([0 * weight + number for weight in self.model.get_weights()])
-
-    def check(self, score: float) -> bool:
-        self.callback.on_epoch_end(self.heard - 1, {"val_loss": score})
-        return bool(self.model.stop_training)
-
-    def kept(self) -> str:
-        self.callback.on_train_end()
-        dense, norm = self.model.layers
-        return ages(float(dense.kernel[0, 0]), float(norm.moving_mean[0]))
+    rule, model = job.rule, Marked()
+    settings: dict[str, Any] = {"warmup": max(rule.warmup, job.least - 1, 0), "nonfinite": rule.nonfinite, "restore": job.keep}
+    settings |= {"mode": rule.mode} if job.told else {}
+    states: list[Any] = []
+    for start, part, now in parts(scores, job):
+        watches = []
+        for p in now.patiences:
+            criterion: dict[str, Any] = {"patience": p, "min_delta": rule.min_delta, "rel_delta": rule.rel_delta}
+            if rule.target is not None:
+                criterion = {"patience": Patience(**criterion) | Target(rule.target)}
+            watches.append(EarlyStopping(**criterion, **settings).watch(model))
+        for watch, state in zip(watches, states, strict=False):
+            watch.load_state_dict(state)
+        for index, score in enumerate(part, start):
+            model.mark(index)
+            asked = [watch(score) for watch in watches]  # type: ignore[arg-type]
+            if any(asked):
+                watches[0].restore()
+                return Outcome(index, number(watches[0].best, rule), model.marked)
+        states = [watch.state_dict() for watch in watches]
+    watches[0].restore()
+    return Outcome(None, number(watches[0].best, rule), model.marked)
 
 
-class Lightning(Peer):
-    package = "pytorch_lightning"
+def keras(scores: Scores, job: Job) -> Outcome:
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras as k
 
-    def start(self) -> None:
-        callbacks = import_module("pytorch_lightning.callbacks")
-        self.own = callbacks.EarlyStopping("score", min_delta=self.asked.delta, patience=self.asked.patience)
+    needs_no(job, "rel_delta", "target")
+    metrics = {"rmse": [k.metrics.RootMeanSquaredError(name="rmse")], "accuracy": [k.metrics.BinaryAccuracy(name="accuracy")]}
+    model = k.Sequential([k.Input((1,)), k.layers.Dense(1), k.layers.BatchNormalization()])
+    model.compile(optimizer=k.optimizers.SGD(0.0), loss="mse", metrics=metrics.get(job.name))
+    heard = 0
 
-    def check(self, score: float) -> bool:
-        return bool(self.own._evaluate_stopping_criteria(torch.tensor(score, dtype=torch.float64))[0])
+    def tell(epoch: int, logs: dict[str, Any]) -> None:
+        nonlocal heard
+        heard = epoch
+        model.set_weights([w * 0 + epoch for w in model.get_weights()])
+        if (score := scores[epoch]) is not None:
+            logs[f"val_{job.name}"] = score
 
-    @classmethod
-    def pair(cls, one: Asked, other: Asked, scores: Sequence[float]) -> int | None:
-        callbacks = [cls(one).own, cls(other).own]
-        silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        import_module("pytorch_lightning").Trainer(callbacks=callbacks, accelerator="cpu", devices=1, **silent)
-        return super().pair(one, other, scores)
-
-
-class Ignite(Peer):
-    package = "ignite"
-    offers = frozenset({"relative"})
-
-    def start(self) -> None:
-        engine, handlers, one = import_module("ignite.engine"), import_module("ignite.handlers"), self.asked
-        self.trainer = engine.Engine(lambda _, batch: batch)
-        self.evaluator = engine.Engine(lambda _, batch: batch)
-        self.own = handlers.EarlyStopping(
-            one.patience,
-            lambda evaluator: evaluator.state.output,
-            self.trainer,
-            threshold=one.delta,
-            threshold_mode="rel" if one.relative else "abs",
-            mode="min",
-        )
-        self.evaluator.add_event_handler(engine.Events.COMPLETED, self.own)
-
-    def check(self, score: float) -> bool:
-        self.evaluator.run([score])
-        return bool(self.trainer.should_terminate)
+    settings: dict[str, Any] = {"min_delta": job.rule.min_delta, "start_from_epoch": max(job.rule.warmup, job.least)}
+    settings |= {"mode": job.rule.mode} if job.told else {}
+    stops = [
+        k.callbacks.EarlyStopping(f"val_{job.name}", patience=p, restore_best_weights=job.keep, **settings)
+        for p in job.patiences
+    ]
+    x = torch.zeros(2, 1)
+    for start, part, now in parts(scores, job):
+        for stop, patience in zip(stops, now.patiences, strict=True):
+            stop.patience = patience
+        told = [k.callbacks.LambdaCallback(on_epoch_end=tell), *stops]
+        model.fit(x, x, epochs=start + len(part), initial_epoch=start, verbose=0, callbacks=told)
+        if model.stop_training:
+            break
+    left = {float(v) for w in model.get_weights() for v in w.flat}
+    return Outcome(
+        heard if model.stop_training else None, number(stops[0].best, job.rule), int(left.pop()) if len(left) == 1 else None
+    )
 
 
-class HuggingFace(Peer):
-    package = "transformers"
+def ignite(scores: Scores, job: Job) -> Outcome:
+    from ignite.engine import Engine, Events
+    from ignite.handlers import EarlyStopping
 
-    def start(self) -> None:
-        hub, one = import_module("transformers"), self.asked
-        self.callback = hub.EarlyStoppingCallback(one.patience, one.delta)
-        self.control = hub.TrainerControl()
-        self.loop = SimpleNamespace(
-            args=SimpleNamespace(metric_for_best_model="loss", greater_is_better=False, save_strategy="epoch"),
-            state=hub.TrainerState(),
-        )
-        self.note_best = hub.Trainer._determine_best_metric
+    needs_no(job, "warmup", "least", "target", "keep")
+    if None in scores:
+        raise NoOption("names of scores")
+    rule, model, heard = job.rule, Marked(), 0
+    settings: dict[str, Any] = {"threshold": rule.rel_delta or rule.min_delta}
+    settings |= {"threshold_mode": "rel"} if rule.rel_delta else {}
+    settings |= {"mode": rule.mode} if job.told else {}
+    states: list[Any] = []
+    for start, part, now in parts(scores, job):
+        trainer = Engine(lambda engine, batch: None)
 
-    def check(self, score: float) -> bool:
-        metrics = {"eval_loss": score}
-        self.callback.on_evaluate(self.loop.args, self.loop.state, self.control, metrics)
-        self.note_best(self.loop, metrics, None)  # the Trainer's order: first the callback
-        return bool(self.control.should_training_stop)
+        def score(engine: Any, start: int = start) -> float | None:
+            nonlocal heard
+            heard = start + engine.state.epoch - 1
+            model.mark(heard)
+            return scores[heard]
 
-    def resumed(self, asked: Asked) -> Self:
-        new = type(self)(asked, self.heard)  # by default a checkpoint restores the state of the trainer, not of callbacks
-        new.loop.state = replace(self.loop.state)
-        return new
-
-
-class Skorch(Peer):
-    package = "skorch"
-    offers = frozenset({"relative", "restore"})
-
-    def start(self) -> None:
-        one, self.host = self.asked, Torchs()
-        self.net = SimpleNamespace(module_=self.host.model, verbose=0, history=import_module("skorch.history").History())
-        self.callback = import_module("skorch.callbacks").EarlyStopping(
-            patience=one.patience, threshold=one.delta, threshold_mode="rel" if one.relative else "abs", load_best=one.restore
-        )
-        self.callback.on_train_begin(self.net)
-
-    def check(self, score: float) -> bool:
-        self.net.history.new_epoch()
-        self.net.history.record("epoch", self.heard)
-        self.net.history.record("valid_loss", score)
-        try:
-            self.callback.on_epoch_end(self.net)
-        except KeyboardInterrupt:  # its way to stop
-            return True
-        return False
-
-    def kept(self) -> str:
-        self.callback.on_train_end(self.net)
-        return super().kept()
-
-    def resumed(self, asked: Asked) -> Self:
-        new = type(self)(asked, self.heard)
-        new.net.history = self.net.history  # what is loaded; partial_fit starts the callback again
-        return new
+        stops = [EarlyStopping(p, score, trainer, **settings) for p in now.patiences]
+        for stop, state in zip(stops, states, strict=False):
+            stop.load_state_dict(state)
+        for stop in stops:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, stop)
+        trainer.run([0], max_epochs=len(part))
+        if trainer.should_terminate:
+            break
+        states = [stop.state_dict() for stop in stops]
+    return Outcome(heard if trainer.should_terminate else None, number(stops[0].best_score, job.rule), model.marked)
 
 
-class ScikitLearn(Peer):
-    package = "sklearn"
-    offers = frozenset({"restore"})
+def skorch(scores: Scores, job: Job) -> Outcome:
+    from skorch import NeuralNet
+    from skorch.callbacks import EarlyStopping, EpochScoring
 
-    def start(self) -> None:
-        one = self.asked
-        patience = {"tol": one.delta, "n_iter_no_change": one.patience}
-        self.model = _perceptron(self)(hidden_layer_sizes=1, early_stopping=True, warm_start=True, **patience)
+    needs_no(job, "warmup", "least", "target")
+    rule = job.rule
+    settings: dict[str, Any] = {"threshold": rule.rel_delta or rule.min_delta, "load_best": job.keep}
+    settings |= {"threshold_mode": "rel" if rule.rel_delta else "abs"}
+    settings |= {"lower_is_better": rule.mode == "min"} if job.told else {}
 
-    def check(self, score: float) -> bool:
-        raise NotImplementedError("a perceptron is trained in one call")
+    def score(net: Any, x: Any, y: Any) -> float | None:
+        index = len(net.history) - 1
+        net.module_.mark(index)
+        return 0.0 if scores[index] is None else scores[index]
 
-    def train(self, scores: Sequence[float]) -> int | None:
-        self.left: Iterator[float] = iter(scores)
-        self.over = False
-        self.model.fit(torch.arange(20.0).reshape(20, 1).numpy(), torch.arange(20.0).numpy())
-        return None if self.over else self.heard - 1
-
-    def kept(self) -> str:
-        return f"{self.model.coefs_[0][0, 0]:g}"
-
-    def resumed(self, asked: Asked) -> Self:
-        self.asked = asked
-        self.model.set_params(n_iter_no_change=asked.patience)
-        return self
-
-
-def _perceptron(peer: ScikitLearn) -> Any:
-    """A perceptron whose scores are given; they are higher for better."""
-    regressor: Any = import_module("sklearn.neural_network").MLPRegressor
-
-    class Scripted(regressor):  # type: ignore[misc]
-        def _score(self, *_: Any, **__: Any) -> float:
-            score = next(peer.left, None)
-            if score is None:
-                peer.over = True
-                raise KeyboardInterrupt  # by which it ends a training
-            for weight in self.coefs_:
-                weight[:] = peer.heard
-            peer.heard += 1
-            return -score
-
-    return Scripted
+    name = "other" if None in scores else job.name
+    told = [("tell", EpochScoring(score, name=name, use_caching=False, on_train=True))]
+    stops = [(f"stop{i}", EarlyStopping(job.name, p, **settings)) for i, p in enumerate(job.patiences)]
+    net = NeuralNet(Marked, nn.MSELoss, lr=0.0, train_split=None, callbacks=told + stops, verbose=0)
+    x, y = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    for _, part, now in parts(scores, job):
+        if net.initialized_:
+            net.set_params(**{f"callbacks__stop{i}__patience": p for i, p in enumerate(now.patiences)})
+        net.partial_fit(x, y, epochs=len(part))
+    heard = len(net.history) - 1
+    epoch = dict(net.callbacks_)["stop0"].best_epoch_
+    best = scores[epoch - 1] if epoch else None
+    return Outcome(heard if heard < len(scores) - 1 else None, best, net.module_.marked)
 
 
-class Plateau(Peer):
-    package = "torch"
-    offers = frozenset({"relative"})
+def sklearn(scores: Scores, job: Job) -> Outcome:
+    from sklearn.neural_network import MLPRegressor
 
-    def start(self) -> None:
-        one = self.asked
-        self.optimizer = optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        self.own = optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, patience=one.patience, threshold=one.delta, threshold_mode="rel" if one.relative else "abs"
-        )
+    needs_no(job, "rel_delta", "warmup", "least", "target", "also")
+    rule, heard = job.rule, -1
+    if not job.told or None in scores:
+        raise NoOption("names of scores")
 
-    def check(self, score: float) -> bool:
-        self.own.step(score)
-        return bool(self.optimizer.param_groups[0]["lr"] < 1.0)
+    def score(x: Any, y: Any, sample_weight: Any = None) -> float:
+        nonlocal heard
+        heard += 1
+        for weights in (*mlp.coefs_, *mlp.intercepts_):
+            weights[...] = heard
+        return (-1 if rule.mode == "min" else 1) * scores[heard]  # type: ignore[operator]
+
+    settings = {"early_stopping": True, "tol": rule.min_delta, "learning_rate_init": 1e-300, "warm_start": True}
+    mlp = MLPRegressor(hidden_layer_sizes=(1,), solver="sgd", batch_size=1, momentum=0.0, alpha=0.0, **settings)
+    mlp._score = score  # the hook that its own loop calls: "let's hope no-one overloads .score with mse"
+    x, y = np.zeros((20, 1)), np.zeros(20)  # a tenth is its validation set, of two rows or more
+    for _, part, now in parts(scores, job):
+        mlp.set_params(n_iter_no_change=now.rule.patience, max_iter=len(part)).fit(x, y)
+    best = mlp.best_validation_score_
+    kept = {round(float(v)) for weights in (*mlp.coefs_, *mlp.intercepts_) for v in weights.flat}
+    sign = -1 if rule.mode == "min" else 1
+    return Outcome(
+        heard if heard < len(scores) - 1 else None, number(sign * best, job.rule), kept.pop() if len(kept) == 1 else None
+    )
 
 
-PEERS: dict[str, type[Peer]] = {
-    "goodfit": Goodfit,
-    "Keras": Keras,
-    "Lightning": Lightning,
-    "Ignite": Ignite,
-    "Hugging Face": HuggingFace,
-    "skorch": Skorch,
-    "scikit-learn": ScikitLearn,
-    "torch plateau": Plateau,
-}
+def plateau(scores: Scores, job: Job) -> Outcome:
+    needs_no(job, "warmup", "least", "target", "keep")
+    if None in scores:
+        raise NoOption("names of scores")
+    rule, model = job.rule, Marked()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    settings: dict[str, Any] = {"threshold": rule.rel_delta or rule.min_delta, "threshold_mode": "abs"}
+    settings |= {"threshold_mode": "rel"} if rule.rel_delta else {}
+    settings |= {"mode": rule.mode} if job.told else {}
+    states: list[Any] = []
+    for start, part, now in parts(scores, job):
+        stops = [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=p, **settings) for p in now.patiences]
+        for stop, state in zip(stops, states, strict=False):
+            stop.load_state_dict(state)
+        for index, score in enumerate(part, start):
+            model.mark(index)
+            for stop in stops:
+                stop.step(score)  # type: ignore[arg-type]
+            if optimizer.param_groups[0]["lr"] < 1.0:
+                return Outcome(index, number(stops[0].best, job.rule), model.marked)
+        states = [stop.state_dict() for stop in stops]
+    return Outcome(None, number(stops[0].best, job.rule), model.marked)
