@@ -142,7 +142,7 @@ def test_whatever_ended_it_the_best_that_was_scored_comes_back(how: dict[str, An
 
 def test_ctrl_c_before_the_first_check_says_that_there_is_nothing() -> None:
     for valid, train in ((stream([VALID], ctrl_c, 1), TRAIN), (VALID, stream(BATCHES, ctrl_c, 3))):
-        with pytest.raises(KeyboardInterrupt, match=r"^interrupted in epoch 1, before the first check$"):
+        with pytest.raises(KeyboardInterrupt, match=r"^interrupted before the first check$"):
             short(net(), train, valid, EarlyStopping(3))
 
 
@@ -557,6 +557,7 @@ def test_an_error_in_a_refit_passes_with_the_validated_model() -> None:
     with pytest.raises(OSError, match="gone") as caught:
         short(model, loss=loss, epochs=3, refit="steps")
     assert caught.value.result.score == pytest.approx(scored(model), rel=1e-12)
+    assert "the model is the validated one, as before the refit; what there is" in caught.value.__notes__[0]
 
 
 def test_an_interrupted_training_is_not_refit() -> None:
@@ -571,3 +572,73 @@ def test_an_interrupted_training_is_not_refit() -> None:
     found = short(model, loss=loss, cocktail=EarlyStopping(3), refit="steps")
     assert (found.reason, found.refit, found.validated) == (Reason.INTERRUPTED, "", None)
     assert found.score == pytest.approx(scored(model), rel=1e-12)
+
+
+class Ending:
+    """Batches of the training rows; `act` happens in the last pass, behind its last batch."""
+
+    def __init__(self, act: Callable[[], None], epochs: int) -> None:
+        self.act, self.left = act, epochs
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from BATCHES
+        self.left -= 1
+        if not self.left:
+            self.act()
+
+
+def test_an_error_behind_the_last_epoch_has_the_result_and_says_which_weights_the_model_has(tmp_path: Path) -> None:
+    file, model = tmp_path / "best.safetensors", net()
+    valid = Watching(model)
+    damaging = DataLoader(Stream(Ending(lambda: file.write_bytes(b"damaged"), 6)), batch_size=None)
+    with pytest.raises(GoodfitError, match="must be a file in which goodfit kept the best weights") as caught:
+        short(model, damaging, stream(valid), EarlyStopping(9), keep=file)
+    found = caught.value.result
+    losses = [row["valid_loss"] for row in found.history]
+    assert len(losses) == 6
+    assert losses.index(min(losses)) < 5
+    assert same(model.state_dict(), valid.seen[5])
+    assert (found.kept, found.score) == (found.history[-1], losses[-1])
+    assert "the model has the weights of its last step, maybe not its best (6 checks)" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("act", [ctrl_c, broken])
+def test_the_final_scoring_may_be_ended_too(act: Any) -> None:
+    model = net()
+    ask = partial(short, model, TRAIN, stream(Watching(model, act, 7)), epochs=6, refit=None)
+    if act is ctrl_c:
+        found = ask(cocktail=EarlyStopping(9))
+        assert (found.reason, found.stopped) == (Reason.INTERRUPTED, "interrupted when its model was scored once more")
+    else:
+        with pytest.raises(OSError, match="gone") as caught:
+            ask(cocktail=EarlyStopping(9))
+        found = caught.value.result
+        assert found.reason is None
+    assert found.kept == min(found.history, key=lambda row: row["valid_loss"])
+    assert found.score == found.kept["valid_loss"] == pytest.approx(scored(model), rel=1e-12)
+
+
+def test_what_is_not_finite_at_the_end_has_the_result_too() -> None:
+    calls = iter(range(10**6))
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(outputs[:, 0], y) * (math.nan if outputs.requires_grad and next(calls) == 9 else 1.0)
+
+    with pytest.raises(GoodfitError, match="must be finite, got nan") as caught:
+        short(net(), loss=loss)
+    assert [math.isfinite(row["valid_loss"]) for row in caught.value.result.history] == [True, True, False]
+    assert math.isnan(caught.value.result.score)
+
+
+@pytest.mark.parametrize("mix", [Cocktail(), EarlyStopping(9, restore=False), EarlyStopping(math.inf)], ids=str)
+def test_the_note_promises_the_best_only_where_it_is_there(mix: Any) -> None:
+    model = net()
+    with pytest.raises(OSError, match="gone") as caught:
+        short(model, stream(BATCHES, broken, 12), VALID, mix)
+    assert "the model has the weights of its last step, maybe not its best (2 checks)" in caught.value.__notes__[0]
+    found = caught.value.result
+    assert found.kept is None
+    assert math.isnan(found.score)
+    with pytest.raises(OSError, match="gone") as caught:
+        short(net(), stream(BATCHES, broken, 12), VALID, EarlyStopping(9))
+    assert "the model has its best weights so far (2 checks)" in caught.value.__notes__[0]

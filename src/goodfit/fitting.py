@@ -40,8 +40,8 @@ class Fit:
     """What a training gave.
 
     model: the very model that went in, with the weights to keep. history: a dict per check. stopped: why it ended before
-    the last epoch, "" where it did not. score: the validation loss of this model, measured after restoring. best_epoch:
-    the epoch with the lowest validation loss. kept: the row of the check whose weights these are, None where no check has
+    the last epoch, "" where it did not. score: the validation loss of this model, measured after restoring; in the `result` of
+    an error that of its check, nan without one. best_epoch: the epoch with the lowest validation loss. kept: the row of the check whose weights these are, None where no check has
     seen them. reason: why it ended, in one word, None at the last epoch. refit: how the model was trained anew on train and
     valid, "" where it was not; validated: the model before that, which score, kept and best_epoch are of.
     """
@@ -86,8 +86,9 @@ def fit(
     from one validation to the next, in place of an epoch. keep: a file for the best weights, in place of memory. refit:
     "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that are kept.
 
-    Ctrl-C ends the training as a stop does, without a refit. A loss that is not finite ends it too, and the best so far is
-    kept. Any other error passes through, with the best so far in the model and what there is so far in its `result`.
+    Ctrl-C ends the training as a stop does, without a refit. A loss that is not finite ends it too. Any other error passes
+    through, behind the first check with what there is so far in its `result`. However it ends, an EarlyStopping that restores
+    puts the best so far into the model; without one, the weights of the last step stay.
     """
     for name, number in (("epochs", epochs), ("check_every", 1 if check_every is None else check_every)):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -103,16 +104,16 @@ def fit(
         try:
             with training_mode(model), Progress(epochs, "fit", progress) as bar:
                 work.go(epochs, bar)
+            found = _finished(work)
         except BaseException as wrong:
             _hand_over(work, wrong)
             raise
-        found = _finished(work)
         if start is None or refit is None or work.reason is Reason.INTERRUPTED:
             return found
         try:
             return recipe.again(found, work, start, both, refit, progress)
-        except Exception as wrong:
-            wrong.result = found  # type: ignore[attr-defined]
+        except BaseException as wrong:
+            _hang(found, wrong, "the model is the validated one, as before the refit")
             raise
 
 
@@ -165,15 +166,16 @@ class _Recipe:
         return replace(found, refit=told, validated=start)
 
 
-def _finished(work: Training, failed: bool = False) -> Fit:
+def _finished(work: Training) -> Fit:
     """The weights to keep put back, and scored."""
     work.finish()
-    kept, history = work.kept(), work.history
+    kept = work.kept()
     try:
         score = work.score()
-    except Exception:
-        if not failed or kept is None:  # data that failed in training may fail here too
+    except KeyboardInterrupt:
+        if kept is None:
             raise
+        work.interrupt("interrupted when its model was scored once more")
         score = float(kept["valid_loss"])
     if not math.isfinite(score):
         raise GoodfitError(
@@ -187,8 +189,12 @@ def _finished(work: Training, failed: bool = False) -> Fit:
             GoodfitWarning,
             stacklevel=3,
         )
-    best = min(history, key=lambda row: row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf)
-    return Fit(work.run.model, history, work.stopped, score, best["epoch"], kept, work.reason)
+    return _fit_of(work, score, kept)
+
+
+def _fit_of(work: Training, score: float, kept: dict[str, Any] | None) -> Fit:
+    best = min(work.history, key=lambda row: row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf)
+    return Fit(work.run.model, work.history, work.stopped, score, best["epoch"], kept, work.reason)
 
 
 def _swap(one: nn.Module, other: nn.Module) -> None:
@@ -211,10 +217,17 @@ def _hand_over(work: Training, wrong: BaseException) -> None:
     """Put the best back, and hang what there is so far on what ended the training."""
     if not work.history:
         return
-    with suppress(Exception):  # what ended the training is what is told
-        found = _finished(work, failed=True)
+    if not work.put_back:
+        with suppress(Exception, KeyboardInterrupt):  # what ended the training is what is told
+            work.finish()
+    kept = work.kept()  # nothing is scored anew: what failed would fail again
+    weights = "its best weights so far" if work.restored() is not None else "the weights of its last step, maybe not its best"
+    found = _fit_of(work, math.nan if kept is None else float(kept["valid_loss"]), kept)
+    _hang(found, wrong, f"the model has {weights} ({len(work.history)} checks)")
+
+
+def _hang(found: Fit, wrong: BaseException, model: str) -> None:
+    """What there is, on what passes through."""
+    with suppress(Exception):  # an exception may refuse attributes
         wrong.result = found  # type: ignore[attr-defined]
-        wrong.add_note(
-            f"gf.fit: the model has its best weights so far ({len(work.history)} checks); what there is of the training is "
-            "in the `result` of this exception."
-        )
+        wrong.add_note(f"gf.fit: {model}; what there is of the training is in the `result` of this exception.")

@@ -28,7 +28,8 @@ class Training:
     """Epochs of the reference loop on `train`, checked on `valid` after each, or after every so many steps.
 
     measure: f(outputs, y) → mean over the rows; rowwise: the loss of each row, where it is known. history: a dict per check.
-    stopped: why it ended before the last epoch, "" where it did not; reason: the same in one word.
+    stopped: why it ended before the last epoch, "" where it did not; reason: the same in one word. put_back: whether the
+    weights to keep are in the model.
     """
 
     run: Run
@@ -44,12 +45,13 @@ class Training:
     history: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     reason: Reason | None = None
+    put_back: bool = False
     _total: float | Tensor = 0.0
     _rows: int = 0
     _began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        looks = self._asked("evidence") or any(one.averages for one, _ in self.run.states(Finish))
+        looks = self._asked("evidence") or self._averages()
         if self.check_every and looks and getattr(getattr(self.train, "loader", self.train), "persistent_workers", False):
             raise GoodfitError(
                 "check_every looks at the training data in the middle of an epoch here, for averages or evidence, and workers "
@@ -64,7 +66,7 @@ class Training:
                     return
         except KeyboardInterrupt:
             if not self.history:
-                raise KeyboardInterrupt(f"interrupted in epoch {self.epoch}, before the first check") from None
+                raise KeyboardInterrupt("interrupted before the first check") from None
             self._end(f"interrupted in epoch {self.epoch}", Reason.INTERRUPTED)
         except BaseException as wrong:
             self._end(f"ended by {type(wrong).__name__} in epoch {self.epoch}", Reason.FAILED)
@@ -72,17 +74,29 @@ class Training:
         if not self.history:
             raise GoodfitError(f"check_every={self.check_every} is more than the {self.step} steps of all epochs; say less.")
 
-    def kept(self) -> dict[str, Any] | None:
-        """The row of the check whose weights `run.finish` leaves in the model, None where no check has seen them."""
+    def restored(self) -> int | None:
+        """The step of the check whose weights an early stopping has put back, None where none has."""
         best = [int(state["best_step"]) for one, state in self.run.states(EarlyStopping) if one.restores(state)]
-        if not best and self.reason in (Reason.INTERRUPTED, Reason.FAILED):  # in the middle of a step, maybe
-            return None
-        step = best[-1] if best else self.step
+        return best[-1] if best and self.put_back else None
+
+    def kept(self) -> dict[str, Any] | None:
+        """The row of the check whose weights the model has after `finish`, None where no check has seen them."""
+        step = self.restored()
+        if step is None:
+            within = self.reason in (Reason.INTERRUPTED, Reason.FAILED)  # in the middle of a step, maybe
+            if within or (self._averages() and not self.put_back):
+                return None
+            step = self.step
         return next((row for row in self.history if row["step"] == step), None)
 
     def finish(self) -> None:
         """The weights to keep, into the model."""
         self.run.finish(uncounted(self.train))
+        self.put_back = True
+
+    def interrupt(self, told: str) -> None:
+        """Say that Ctrl-C came, behind what ended the training."""
+        self._end("; ".join(filter(None, (self.stopped, told))), Reason.INTERRUPTED)
 
     def score(self) -> float:
         """What the model scores as it is."""
@@ -122,6 +136,9 @@ class Training:
     def _asked(self, name: str) -> bool:
         """Whether a criterion asks for it."""
         return any(name in one.criterion.needs for one, _ in self.run.states(EarlyStopping))
+
+    def _averages(self) -> bool:
+        return any(one.averages for one, _ in self.run.states(Finish))
 
     def _refuse_unknown(self, stderr: float | None) -> None:
         if stderr is None and self._asked("stderr"):
