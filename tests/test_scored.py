@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, SubsetRandomSampler, TensorDataset
 
 import goodfit as gf
 from goodfit import BatchNorm, Cocktail, Dropout, EarlyStopping, GoodfitError, GoodfitWarning, Run, fit
@@ -642,3 +642,50 @@ def test_the_note_promises_the_best_only_where_it_is_there(mix: Any) -> None:
     with pytest.raises(OSError, match="gone") as caught:
         short(net(), stream(BATCHES, broken, 12), VALID, EarlyStopping(9))
     assert "the model has its best weights so far (2 checks)" in caught.value.__notes__[0]
+
+
+def test_a_loader_that_draws_from_a_part_of_its_rows_is_not_joined() -> None:
+    part = DataLoader(TensorDataset(X, Y), 8, sampler=SequentialSampler(range(20)))
+    with pytest.raises(GoodfitError, match="refit joins the rows of train and valid, which train does not tell"):
+        fit(net(), part, VALID, Cocktail(), optimizer=SGD, epochs=1, refit="steps")
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_a_stream_that_can_be_read_once_ends_the_training_and_says_so(every: int | None) -> None:
+    class Once(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.rows = iter([(X[:8], Y[:8])] * 6)
+
+        def __iter__(self) -> Any:
+            return self.rows
+
+    found = fit(
+        net(), DataLoader(Once(), batch_size=None), VALID, gf.EarlyStopping(9), optimizer=SGD, epochs=4, check_every=every
+    )
+    assert found.stopped == "train gave no batch in epoch 2, as a stream that can be read once"
+    assert found.score == pytest.approx(min(row["valid_loss"] for row in found.history), rel=1e-12)
+
+
+def test_ctrl_c_behind_the_hearing_of_a_check_keeps_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gf.Run.epoch
+
+    def then_interrupted(run: gf.Run, *args: Any, **told: Any) -> bool:
+        whole(run, *args, **told)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gf.Run, "epoch", then_interrupted)
+    found = fit(net(), TRAIN, VALID, gf.EarlyStopping(9), optimizer=SGD, epochs=4)
+    assert [row["step"] for row in found.history] == [found.kept["step"]]
+    assert found.score == pytest.approx(found.history[0]["valid_loss"], rel=1e-12)
+
+
+def test_gradients_are_on_again_behind_a_fit() -> None:
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        if outputs.requires_grad and next(calls) == 5:  # in the second epoch
+            torch.set_grad_enabled(False)
+            raise KeyboardInterrupt
+        return F.mse_loss(outputs.flatten(), y)
+
+    calls = iter(range(10**6))
+    fit(net(), TRAIN, VALID, gf.EarlyStopping(9), loss=loss, optimizer=SGD, epochs=4, batch_size=8)
+    assert torch.is_grad_enabled()

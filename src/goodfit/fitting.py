@@ -99,7 +99,8 @@ def fit(
     both = None if refit is None else joined_data(training, validation, batch_size, seed)
     recipe = _Recipe(as_cocktail(cocktail), loss, task, optimizer, seed, home_of(model, device), check_every, keep)
     start = None if refit is None else copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[recipe.home] if recipe.home.type == "cuda" else []):
+    # Ctrl-C within torch.no_grad() may leave gradients off.
+    with torch.enable_grad(), torch.random.fork_rng(devices=[recipe.home] if recipe.home.type == "cuda" else []):
         work = recipe.begin(model, training, validation)
         try:
             with training_mode(model), Progress(epochs, "fit", progress) as bar:

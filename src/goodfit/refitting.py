@@ -71,9 +71,8 @@ def _dataset(batches: Any, name: str) -> Dataset[Any]:
         return TensorDataset(batches.x, batches.y)
     rows = getattr(batches, "dataset", None)
     sampler = getattr(batches, "sampler", None)
-    whole = type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(rows or ())
-    )
+    drawn = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(rows or ())
+    whole = (drawn or type(sampler) is SequentialSampler) and getattr(sampler, "data_source", None) is rows
     known = isinstance(getattr(batches, "batch_sampler", None), Order) or (whole and batches.batch_size is not None)
     if rows is None or isinstance(rows, IterableDataset) or not known:
         raise GoodfitError(

@@ -48,6 +48,7 @@ class Training:
     put_back: bool = False
     _total: float | Tensor = 0.0
     _rows: int = 0
+    _told: dict[str, Any] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ class Training:
                 if not self._go_on(bar):
                     return
         except KeyboardInterrupt:
+            self._complete()
             if not self.history:
                 raise KeyboardInterrupt("interrupted before the first check") from None
             self._end(f"interrupted in epoch {self.epoch}", Reason.INTERRUPTED)
@@ -104,11 +106,19 @@ class Training:
 
     def _go_on(self, bar: Progress) -> bool:
         """One epoch with its checks; whether another may follow."""
+        empty = True
         for loss, rows in train_steps(self.run, self.optimizer, self.train, self.prepare):
             self._total, self._rows = self._total + loss.double() * rows, self._rows + rows
             self.step += 1
+            empty = False
             if self.check_every and self.step % self.check_every == 0 and not self._check(bar):
                 return False
+        if empty:
+            text = f"train gave no batch in epoch {self.epoch}, as a stream that can be read once"
+            if not self.history:
+                raise GoodfitError(f"{text}; give a DataLoader, or a smaller check_every.")
+            self._end(text, Reason.FAILED)
+            return False
         return bool(self.check_every) or self._check(bar)
 
     def _check(self, bar: Progress) -> bool:
@@ -118,20 +128,36 @@ class Training:
             score, stderr = mean_and_stderr(self.run.model, self.valid, self.measure, self.rowwise)
             self._refuse_unknown(stderr)
             noise = evidence(self.run.model, self.measure, uncounted(self.train)) if self._asked("evidence") else None
+            self._told = {
+                "epoch": self.epoch,
+                "step": self.step,
+                "train_loss": train_loss,
+                "valid_loss": score,
+                "stderr": stderr,
+            }
             go_on = self.run.epoch(score, train_loss=train_loss, stderr=stderr, evidence=noise)
-        left = [n for one, state in self.run.states(EarlyStopping) if (n := one.patience_left(state)) is not None]
-        scores = [row["valid_loss"] for row in self.history] + [score]
-        now = time.perf_counter()
-        row = {"epoch": self.epoch, "step": self.step, "train_loss": train_loss, "valid_loss": score, "stderr": stderr}
-        row |= {"penalty": self.run.penalty(), "best": min(filter(math.isfinite, scores), default=math.inf)}
-        self.history.append(row | {"patience_left": min(left, default=None), "seconds": now - self._began})
-        self._total, self._rows, self._began = 0.0, 0, now
+        self._write()
+        self._total, self._rows, self._began = 0.0, 0, time.perf_counter()
         bar.tell(self.history[-1])
         if not go_on:
             self._end(self.run.stopped, self.run.reason)
         elif not math.isfinite(train_loss) and not self._rolls_back():
             self._end(f"the training loss became {train_loss} in epoch {self.epoch}", Reason.NONFINITE)
         return not self.stopped
+
+    def _write(self) -> None:
+        """The row of a check that the run has heard."""
+        left = [n for one, state in self.run.states(EarlyStopping) if (n := one.patience_left(state)) is not None]
+        scores = [row["valid_loss"] for row in [*self.history, self._told]]
+        row = self._told | {"penalty": self.run.penalty(), "best": min(filter(math.isfinite, scores), default=math.inf)}
+        self.history.append(row | {"patience_left": min(left, default=None), "seconds": time.perf_counter() - self._began})
+
+    def _complete(self) -> None:
+        """Ctrl-C may come between the hearing of a check and its row: what is kept must be in the history."""
+        step = self._told.get("step")
+        kept = [int(state["best_step"]) for _, state in self.run.states(EarlyStopping)]
+        if step in kept and all(row["step"] != step for row in self.history):
+            self._write()
 
     def _asked(self, name: str) -> bool:
         """Whether a criterion asks for it."""
