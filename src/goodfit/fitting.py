@@ -21,7 +21,17 @@ from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.phases import Regularizer
-from goodfit.preparation import MakeOptimizer, as_reals, averaged, home_of, in_steps, optimizer_for, refuse_maximizing
+from goodfit.preparation import (
+    MakeOptimizer,
+    as_reals,
+    averaged,
+    home_of,
+    in_steps,
+    optimizer_for,
+    refuse_file,
+    refuse_maximizing,
+    refuse_numbers,
+)
 from goodfit.progress import Progress
 from goodfit.refitting import joined_data, refuse_refit, steps_for, train_for, without_stopping
 from goodfit.regularizers.batchnorm import BatchNorm
@@ -40,10 +50,11 @@ class Fit:
     """What a training gave.
 
     model: the very model that went in, with the weights to keep. history: a dict per check. stopped: why it ended before
-    the last epoch, "" where it did not. score: the validation loss of this model, measured after restoring; in the `result` of
-    an error that of its check, nan without one. best_epoch: the epoch with the lowest validation loss. kept: the row of the check whose weights these are, None where no check has
-    seen them. reason: why it ended, in one word, None at the last epoch. refit: how the model was trained anew on train and
-    valid, "" where it was not; validated: the model before that, which score, kept and best_epoch are of.
+    the last epoch, "" where it did not. score: the validation loss of this model, measured after restoring; in the `result`
+    of an error that of its check, nan without one. best_epoch: the epoch with the lowest validation loss. kept: the row of
+    the check whose weights these are, None where no check has seen them. reason: why it ended, in one word, None at the last
+    epoch. refit: how the model was trained anew on train and valid, "" where it was not; validated: the model before that,
+    which score, kept and best_epoch are of.
     """
 
     model: nn.Module = field(repr=False)
@@ -90,9 +101,8 @@ def fit(
     through, behind the first check with what there is so far in its `result`. However it ends, an EarlyStopping that restores
     puts the best so far into the model; without one, the weights of the last step stay.
     """
-    for name, number in (("epochs", epochs), ("check_every", 1 if check_every is None else check_every)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise GoodfitError(f"{name} must be an integer >= 1, got {name}={number!r}.")
+    refuse_numbers(epochs, check_every, seed)
+    refuse_file(keep)
     refuse_refit(refit, optimizer)
     training = batches_of(train, "train", batch_size, shuffle=True, seed=seed)
     validation = batches_of(valid, "valid", batch_size, shuffle=False, seed=seed)
