@@ -212,6 +212,26 @@ def test_a_validation_that_is_not_the_same_twice_is_told() -> None:
     assert found.score != found.kept["valid_loss"]
 
 
+class Counting(nn.Module):
+    """A model whose buffer moves in training; persistent or not."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.inner = net()
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float64), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.shift += 0.01
+        return self.inner(x) + self.shift
+
+
+def test_a_buffer_that_is_not_restored_is_named_where_the_score_is_another() -> None:
+    short(Counting(True), cocktail=EarlyStopping(2), epochs=30)
+    with pytest.warns(GoodfitWarning, match=r"F.dropout and .* drop in eval mode .*not restored, .*: buffer shift\)\.$"):
+        short(Counting(False), cocktail=EarlyStopping(2), epochs=30)
+
+
 @pytest.mark.parametrize("mix", [(Mean(0.2), EarlyStopping(2)), (EarlyStopping(2), Mean(0.2)), (Mean(0.2),)], ids=repr)
 @pytest.mark.parametrize("norm", [False, True])
 def test_an_average_is_what_is_scored_and_what_is_kept(mix: Any, norm: bool) -> None:
@@ -252,10 +272,10 @@ def test_a_look_beside_training_leaves_the_order_as_it_is() -> None:
             assert [y.tolist() for _, y in batches] == [y.tolist() for _, y in alone]
 
 
-def test_checks_by_steps_come_at_these_steps_and_at_no_epoch_end() -> None:
+def test_checks_by_steps_come_at_these_steps_and_at_the_last() -> None:
     found = short(net(), cocktail=EarlyStopping(50), check_every=3, epochs=5)  # 4 steps in an epoch
-    assert [row["step"] for row in found.history] == [3, 6, 9, 12, 15, 18]
-    assert [row["epoch"] for row in found.history] == [1, 2, 3, 3, 4, 5]
+    assert [row["step"] for row in found.history] == [3, 6, 9, 12, 15, 18, 20]
+    assert [row["epoch"] for row in found.history] == [1, 2, 3, 3, 4, 5, 5]
     assert found.kept == min(found.history, key=lambda row: row["valid_loss"])
     assert found.score == pytest.approx(scored(found.model), rel=1e-12)
     by_epoch = short(net(), epochs=5)
@@ -284,10 +304,15 @@ def test_patience_counts_checks_or_steps(unit: Any, patience: int, stop: int) ->
     assert found.history[-1]["step"] == stop  # the first check, at step 3, is the one improvement
 
 
-def test_a_check_that_never_comes_is_refused() -> None:
-    with pytest.raises(GoodfitError, match="check_every=25 is more than the 24 steps of all epochs; say less"):
-        short(net(), cocktail=EarlyStopping(3), check_every=25)
-    assert len(short(net(), cocktail=EarlyStopping(3), check_every=24).history) == 1
+def test_steps_behind_the_last_check_are_scored_too() -> None:
+    for every, steps in ((24, [24]), (25, [24]), (9, [9, 18, 24])):
+        found = short(net(), check_every=every)
+        assert [row["step"] for row in found.history] == steps
+        assert found.kept is found.history[-1]
+        assert found.score == pytest.approx(found.kept["valid_loss"], rel=1e-12)
+
+
+def test_an_interval_of_checks_is_a_count() -> None:
     for wrong in (0, 1.5, True):
         with pytest.raises(GoodfitError, match="check_every must be an integer >= 1"):
             short(net(), check_every=wrong)

@@ -94,8 +94,9 @@ def fit(
     optimizer: an optimizer, or a function from parameters to one; AdamW with lr 1e-3 and no decay of its own if not given.
     seed: of the order, the masks and torch's generator within the call, which leaves that generator as it was. device:
     where the model goes, else where it is. progress: None shows a bar on a terminal. check_every: so many optimizer steps
-    from one validation to the next, in place of an epoch. keep: a file for the best weights, in place of memory. refit:
-    "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that are kept.
+    from one validation to the next, and one behind the last, in place of an epoch. keep: a file for the best weights, in
+    place of memory. refit: "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that
+    are kept.
 
     Ctrl-C ends the training as a stop does, without a refit. A loss that is not finite ends it too. Any other error passes
     through, behind the first check with what there is so far in its `result`. However it ends, an EarlyStopping that restores
@@ -193,13 +194,9 @@ def _finished(work: Training) -> Fit:
             f"The validation loss must be finite, got {score} ({work.stopped or 'at the last epoch'}); lower the learning "
             "rate, or look for nan in the data."
         )
-    if kept is not None and not _as_recorded(work.run.model, score, kept["valid_loss"]):
-        warnings.warn(
-            f"The model that comes back scores {score:.6g}, and its check in epoch {kept['epoch']} said "
-            f"{kept['valid_loss']:.6g}: validation is not the same twice; give data and a model that are.",
-            GoodfitWarning,
-            stacklevel=3,
-        )
+    odd = "" if kept is None else work.otherwise(score, kept)
+    if odd:
+        warnings.warn(odd, GoodfitWarning, stacklevel=3)
     return _fit_of(work, score, kept)
 
 
@@ -215,13 +212,6 @@ def _swap(one: nn.Module, other: nn.Module) -> None:
         before = tensor.detach().clone()
         put(tensor, theirs[name].detach())
         put(theirs[name], before)
-
-
-def _as_recorded(model: nn.Module, score: float, recorded: float) -> bool:
-    """Whether two scores of one model differ by no more than rounding."""
-    types = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    rounding = max((torch.finfo(kind).eps ** 0.5 for kind in types), default=0.0)
-    return not math.isfinite(recorded) or math.isclose(score, recorded, rel_tol=rounding, abs_tol=1e-12)
 
 
 def _hand_over(work: Training, wrong: BaseException) -> None:

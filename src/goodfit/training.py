@@ -7,11 +7,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from goodfit.data import uncounted
-from goodfit.errors import GoodfitError
+from goodfit.errors import GoodfitError, listed
 from goodfit.loop import LossFunction, Prepare, evaluate, mean_and_stderr, train_steps
 from goodfit.phases import Finish
 from goodfit.progress import Progress
@@ -19,13 +20,14 @@ from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.stop.criterion import Reason
 from goodfit.stop.gradients import evidence
+from goodfit.tensors import tensors_of
 
 __all__ = ["Training"]
 
 
 @dataclass
 class Training:
-    """Epochs of the reference loop on `train`, checked on `valid` after each, or after every so many steps.
+    """Epochs of the reference loop on `train`, checked on `valid` after each, or after every so many steps and the last.
 
     measure: f(outputs, y) → mean over the rows; rowwise: the loss of each row, where it is known. history: a dict per check.
     stopped: why it ended before the last epoch, "" where it did not; reason: the same in one word. put_back: whether the
@@ -65,6 +67,8 @@ class Training:
             for self.epoch in range(1, epochs + 1):
                 if not self._go_on(bar):
                     return
+            if self._rows:  # steps behind the last of every so many
+                self._check(bar)
         except KeyboardInterrupt:
             self._complete()
             if not self.history:
@@ -73,8 +77,6 @@ class Training:
         except BaseException as wrong:
             self._end(f"ended by {type(wrong).__name__} in epoch {self.epoch}", Reason.FAILED)
             raise
-        if not self.history:
-            raise GoodfitError(f"check_every={self.check_every} is more than the {self.step} steps of all epochs; say less.")
 
     def restored(self) -> int | None:
         """The step of the check whose weights an early stopping has put back, None where none has."""
@@ -103,6 +105,22 @@ class Training:
     def score(self) -> float:
         """What the model scores as it is."""
         return evaluate(self.run.model, self.valid, self.measure)
+
+    def otherwise(self, score: float, row: dict[str, Any]) -> str:
+        """How a score of the model differs from that of its check by more than rounding, and what may be why; "" if not."""
+        types = [p.dtype for p in self.run.model.parameters() if p.is_floating_point()]
+        rounding = max((torch.finfo(kind).eps ** 0.5 for kind in types), default=0.0)
+        said = row["valid_loss"]
+        if not math.isfinite(said) or math.isclose(score, said, rel_tol=rounding, abs_tol=1e-12):
+            return ""
+        known = tensors_of(self.run.model)[1]
+        passing = [name for name, _ in self.run.model.named_buffers() if name not in known]
+        told = f"; not restored, since not persistent: buffer {listed(passing)}" if passing else ""
+        return (
+            f"The model that comes back scores {score:.6g}, and its check in epoch {row['epoch']} said {said:.6g}: validation "
+            "is not the same twice; give data and a model that are (F.dropout and F.scaled_dot_product_attention drop in eval "
+            f"mode too, where a rate is passed{told})."
+        )
 
     def _go_on(self, bar: Progress) -> bool:
         """One epoch with its checks; whether another may follow."""
