@@ -541,7 +541,7 @@ LOADER = DataLoader(TensorDataset(*TRAIN))
         ),
         (
             {"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters())},
-            "refit trains a fresh model, which needs an optimizer of",
+            "which needs an optimizer of its own, and this SGD holds weights beside those of the model; give a function",
         ),
     ],
 )
@@ -714,3 +714,32 @@ def test_gradients_are_on_again_behind_a_fit() -> None:
     calls = iter(range(10**6))
     fit(net(), TRAIN, VALID, gf.EarlyStopping(9), loss=loss, optimizer=SGD, epochs=4, batch_size=8)
     assert torch.is_grad_enabled()
+
+
+def test_an_optimizer_of_its_own_is_copied_for_a_refit_as_it_was() -> None:
+    def made(model: nn.Module) -> torch.optim.Optimizer:
+        groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[3].parameters()}]
+        return torch.optim.SGD(groups, lr=0.7, momentum=0.5)
+
+    def by_name(parameters: Any) -> torch.optim.Optimizer:
+        first, second, third, fourth = parameters
+        return torch.optim.SGD([{"params": [first, second], "lr": 0.3}, {"params": [third, fourth]}], lr=0.7, momentum=0.5)
+
+    model = net()
+    optimizer = made(model)
+    found = short(model, cocktail=gf.L2(0.01), optimizer=optimizer, refit="epochs")
+    other = short(net(), cocktail=gf.L2(0.01), optimizer=by_name, refit="epochs")
+    assert found.refit == other.refit != ""
+    assert same(model.state_dict(), other.model.state_dict())
+    assert same(found.validated.state_dict(), other.validated.state_dict())
+    optimizer = made(model)
+    optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(GoodfitError, match="this SGD has hooks; give a function that makes it"):
+        short(model, optimizer=optimizer, refit="steps")
+
+
+def test_a_model_that_cannot_be_copied_is_not_refit() -> None:
+    model = net()
+    model.product = model[0].weight * 2
+    with pytest.raises(GoodfitError, match="refit begins from a copy, which cannot be made of this model"):
+        short(model, refit="steps")

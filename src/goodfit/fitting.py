@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from contextlib import suppress
@@ -33,7 +32,7 @@ from goodfit.preparation import (
     refuse_numbers,
 )
 from goodfit.progress import Progress
-from goodfit.refitting import joined_data, refuse_refit, steps_for, train_for, without_stopping
+from goodfit.refitting import beginning, joined_data, refuse_refit, steps_for, train_for, without_stopping
 from goodfit.regularizers.batchnorm import BatchNorm
 from goodfit.run import Run
 from goodfit.small_batches import merged_for_norms, refuse_single_values
@@ -104,12 +103,12 @@ def fit(
     """
     refuse_numbers(epochs, check_every, seed)
     refuse_file(keep)
-    refuse_refit(refit, optimizer)
+    refuse_refit(refit)
     training = batches_of(train, "train", batch_size, shuffle=True, seed=seed)
     validation = batches_of(valid, "valid", batch_size, shuffle=False, seed=seed)
     both = None if refit is None else joined_data(training, validation, batch_size, seed)
     recipe = _Recipe(as_cocktail(cocktail), loss, task, optimizer, seed, home_of(model, device), check_every, keep)
-    start = None if refit is None else copy.deepcopy(model)
+    start, own = (None, None) if refit is None else beginning(model, optimizer)
     # Ctrl-C within torch.no_grad() may leave gradients off.
     with torch.enable_grad(), torch.random.fork_rng(devices=[recipe.home] if recipe.home.type == "cuda" else []):
         work = recipe.begin(model, training, validation)
@@ -123,7 +122,7 @@ def fit(
         if start is None or refit is None or work.reason is Reason.INTERRUPTED:
             return found
         try:
-            return recipe.again(found, work, start, both, refit, progress)
+            return replace(recipe, optimizer=own).again(found, work, start, both, refit, progress)
         except BaseException as wrong:
             _hang(found, wrong, "the model is the validated one, as before the refit")
             raise
