@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from goodfit import cli
+from goodfit import cli, run as goodfit_run
 
 Outcome = tuple[int, str, str]
 FAST = ("--epochs", "3", "--cocktail", "BatchNorm(), Dropout(0.2), L1(1e-3), EarlyStopping(20)")
@@ -174,7 +174,11 @@ REFUSED = {
     "number out of range": (("fit", "churn.csv", "--target", "churn", "--cocktail", "L2(lam=-1)"), "L2.lam must be >= 0"),
     "unknown number": (("fit", "churn.csv", "--target", "churn", "--cocktail", "L2(lma=1)"), "did you mean lam?"),
     "code in a cocktail": (("fit", "churn.csv", "--target", "churn", "--cocktail", "__import__('os')"), "knows no regularizer"),
-    "maximising": (("fit", "churn.csv", "--target", "churn", "--cocktail", "EarlyStopping(2, mode='max')"), "lower is better"),
+    "unknown refit": (
+        ("fit", "no.csv", "--target", "y", "--refit", "foo"),
+        "--refit must be steps or epochs, or left out, got",
+    ),
+    "maximising": (("fit", "no.csv", "--target", "churn", "--cocktail", "EarlyStopping(2, mode='max')"), "lower is better"),
     "run folder exists": (("fit", "churn.csv", "--target", "churn", "--out", "there"), "exists already"),
     "climbing name": (("fit", "churn.csv", "--target", "churn", "--out", "../../x"), "must not climb"),
     "no parent": (("fit", "churn.csv", "--target", "churn", "--out", "a/b/c"), "needs a folder to be in"),
@@ -332,7 +336,7 @@ def test_checks_by_steps_and_a_refit_are_told_apart(goodfit: Callable[..., Outco
     assert code == 0
     alone, report = (json.loads(Path(name, "report.json").read_text()) for name in ("alone", "run"))
     steps = [row["step"] for row in report["history"]["regularized"]]
-    assert steps == list(range(4, 6 * 5 + 1, 4))  # 72 rows in batches of 16
+    assert steps == [*range(4, 6 * 5 + 1, 4), 30]  # 72 rows in batches of 16
     kept = min(report["history"]["regularized"], key=lambda row: row["valid_loss"])
     assert (report["best_step"], report["best_epoch"], report["stop_step"]) == (kept["step"], kept["epoch"], steps[-1])
     assert report["scores"]["regularized"] == alone["scores"]["regularized"]  # of the validated network
@@ -404,5 +408,65 @@ def test_ctrl_c_before_the_first_epoch_leaves_nothing_and_says_so(
 
     monkeypatch.setattr("goodfit.training.train_steps", interrupted)
     code, out, err = goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
-    assert (code, out, err.splitlines()[-1]) == (130, "", "goodfit: interrupted")
+    assert (code, out, err.splitlines()[-1]) == (
+        130,
+        "",
+        "goodfit: interrupted before the first check; nothing was written",
+    )
     assert [p.name for p in Path().iterdir()] == ["churn.csv"]
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Ctrl-C in front of one training step, counted over all trainings of the command."""
+    steps, whole = iter(range(1, 10**6)), goodfit_run.Run.loss
+
+    def loss(run: goodfit_run.Run, *args: object, **how: object) -> torch.Tensor:
+        if next(steps) == at:
+            raise KeyboardInterrupt
+        return whole(run, *args, **how)
+
+    monkeypatch.setattr(goodfit_run.Run, "loss", loss)
+
+
+@pytest.mark.parametrize(("cocktail", "restores"), [("L2(1e-4)", False), ("L2(1e-4), EarlyStopping(20)", True)])
+def test_ctrl_c_says_whose_weights_are_kept(
+    goodfit: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, cocktail: str, restores: bool
+) -> None:
+    interrupting(monkeypatch, 13)  # 5 steps in an epoch
+    code, _, err = goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", "--cocktail", cocktail)
+    assert code == 0
+    report = json.loads(Path("run/report.json").read_text())
+    losses = [row["valid_loss"] for row in report["history"]["regularized"]]
+    best = losses.index(min(losses)) + 1
+    kept = f"the best weights, of epoch {best}" if restores else "the weights of the last step, which no check has scored"
+    assert err.splitlines()[-2:] == ["ended: interrupted in epoch 3", f"kept: {kept}"]
+    assert report["best_epoch"] == (best if restores else None)
+    page = Path("run/report.html").read_text()
+    assert ("The weights of the last step were kept, which no check has scored." in page) != restores
+    assert (f"The weights of epoch {best} were kept." in page) == restores
+
+
+def test_without_early_stopping_the_last_weights_are_kept_and_it_says_so(goodfit: Callable[..., Outcome]) -> None:
+    draw = random.Random(0)
+    table = [{"a": draw.random(), "b": draw.random(), "y": draw.random()} for _ in range(60)]
+    words = ("--target", "y", "--out", "run", "--cocktail", "L2(1e-6)", "--epochs", "40")
+    _, _, err = goodfit("fit", write("noise.csv", table), *words)
+    losses = [row["valid_loss"] for row in json.loads(Path("run/report.json").read_text())["history"]["regularized"]]
+    best = losses.index(min(losses)) + 1
+    assert f"the weights of the last step, not those of epoch {best}: no EarlyStopping restores the best" in err
+
+
+def test_ctrl_c_in_the_comparison_leaves_the_run(goodfit: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupting(monkeypatch, 17)  # in the first epoch of the bare network
+    code, _, err = goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
+    assert (code, err.splitlines()[-1]) == (0, "without a comparison: the bare network was interrupted")
+    assert json.loads(Path("run/report.json").read_text())["scores"]["bare"] == {}
+
+
+def test_a_run_tells_whether_it_was_refit(goodfit: Callable[..., Outcome]) -> None:
+    words = ("fit", write("churn.csv", rows()), "--target", "churn", *FAST)
+    for name, more in (("alone", ()), ("run", ("--refit", "steps"))):
+        assert goodfit(*words, "--out", name, *more)[0] == 0
+    alone, refit = (json.loads(Path(name, "run.json").read_text())["refit"] for name in ("alone", "run"))
+    assert alone == ""
+    assert refit.startswith("refit on train and valid for the ")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +46,17 @@ WRONG = {
     "L2(0.1); L1(0.1)": "reads like",
     "lambda: 0": "knows no regularizer",
     "(" * 500: "reads like",
+    "EarlyStopping(3, mode=max)": "got 'max'; write mode='max'\\.$",
+    "EarlyStopping(3, restore=false)": "got 'false'; write restore=False\\.$",
+    "EarlyStopping(3, restore=true)": "write restore=True\\.$",
+    "EarlyStopping(Patience(10) or GL(5))": "got 'Patience\\(10\\) or GL\\(5\\)'; join criteria with \\| or &\\.$",
+    "EarlyStopping(Patience(10) || GL(5))": "; join criteria with \\| or &\\.$",
+    "EarlyStopping(Patience(10) && GL(5))": "; join criteria with \\| or &\\.$",
+    "EarlyStopping(gf.stop.Patience(3))": "write Patience\\(\\.\\.\\.\\) without what stands before it",
+    "GL(5)": "goes into EarlyStopping, got GL\\(5\\); write EarlyStopping\\(GL\\(5\\)\\)",
+    "Patience(3) | GL(5)": "write EarlyStopping\\(Patience\\(3\\) \\| GL\\(5\\)\\)",
+    "L2(0.1), GL": "write EarlyStopping\\(GL\\(\\.\\.\\.\\)\\)",
+    "EarlyStoping(GL(5))": "knows no regularizer 'EarlyStoping'; did you mean EarlyStopping",
 }
 
 
@@ -81,3 +94,14 @@ def test_a_regularizer_without_a_phase_is_refused() -> None:
 
     with pytest.raises(gf.GoodfitError, match="Idle has no phase"):
         gf.Cocktail(Idle())
+
+
+@pytest.mark.parametrize(
+    "put", [gf.Cocktail, lambda one: gf.Run(one, torch.nn.Linear(1, 1)), lambda one: gf.Cocktail(gf.L2(0.1), one)]
+)
+def test_a_criterion_alone_is_told_where_it_goes(put: Any) -> None:
+    for one in (gf.stop.Patience(5), gf.stop.Patience(5) | gf.stop.GL(3)):
+        with pytest.raises(
+            gf.GoodfitError, match=f"goes into EarlyStopping, got .*; write EarlyStopping.{re.escape(repr(one))}"
+        ):
+            put(one)

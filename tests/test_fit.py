@@ -477,6 +477,9 @@ class Nothing(IterableDataset[Any]):
     [
         ({"epochs": 0}, "epochs must be an integer >= 1, got epochs=0"),
         ({"epochs": 2.5}, "epochs must be an integer >= 1"),
+        *(({"seed": seed}, "seed must be an integer >= 0 and below 2") for seed in ("a", None, -1, 1.0, True, 2**63)),
+        ({"keep": "\0a"}, r"keep must be the path of a file, got '\\x00a' \(embedded null byte\)"),
+        ({"keep": "x" * 300}, r"keep must be the path of a file, got 'x{79} \(File name too long\)"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),
         ({"train": (X[:0], NUMBERS[:0])}, "train has no rows"),
         ({"valid": (X[:0], NUMBERS[:0])}, "valid has no rows"),

@@ -142,7 +142,7 @@ def test_whatever_ended_it_the_best_that_was_scored_comes_back(how: dict[str, An
 
 def test_ctrl_c_before_the_first_check_says_that_there_is_nothing() -> None:
     for valid, train in ((stream([VALID], ctrl_c, 1), TRAIN), (VALID, stream(BATCHES, ctrl_c, 3))):
-        with pytest.raises(KeyboardInterrupt, match=r"^interrupted in epoch 1, before the first check$"):
+        with pytest.raises(KeyboardInterrupt, match=r"^interrupted before the first check$"):
             short(net(), train, valid, EarlyStopping(3))
 
 
@@ -212,6 +212,26 @@ def test_a_validation_that_is_not_the_same_twice_is_told() -> None:
     assert found.score != found.kept["valid_loss"]
 
 
+class Counting(nn.Module):
+    """A model whose buffer moves in training; persistent or not."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.inner = net()
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float64), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.shift += 0.01
+        return self.inner(x) + self.shift
+
+
+def test_a_buffer_that_is_not_restored_is_named_where_the_score_is_another() -> None:
+    short(Counting(True), cocktail=EarlyStopping(2), epochs=30)
+    with pytest.warns(GoodfitWarning, match=r"F.dropout and .* drop in eval mode .*not restored, .*: buffer shift\)\.$"):
+        short(Counting(False), cocktail=EarlyStopping(2), epochs=30)
+
+
 @pytest.mark.parametrize("mix", [(Mean(0.2), EarlyStopping(2)), (EarlyStopping(2), Mean(0.2)), (Mean(0.2),)], ids=repr)
 @pytest.mark.parametrize("norm", [False, True])
 def test_an_average_is_what_is_scored_and_what_is_kept(mix: Any, norm: bool) -> None:
@@ -252,10 +272,10 @@ def test_a_look_beside_training_leaves_the_order_as_it_is() -> None:
             assert [y.tolist() for _, y in batches] == [y.tolist() for _, y in alone]
 
 
-def test_checks_by_steps_come_at_these_steps_and_at_no_epoch_end() -> None:
+def test_checks_by_steps_come_at_these_steps_and_at_the_last() -> None:
     found = short(net(), cocktail=EarlyStopping(50), check_every=3, epochs=5)  # 4 steps in an epoch
-    assert [row["step"] for row in found.history] == [3, 6, 9, 12, 15, 18]
-    assert [row["epoch"] for row in found.history] == [1, 2, 3, 3, 4, 5]
+    assert [row["step"] for row in found.history] == [3, 6, 9, 12, 15, 18, 20]
+    assert [row["epoch"] for row in found.history] == [1, 2, 3, 3, 4, 5, 5]
     assert found.kept == min(found.history, key=lambda row: row["valid_loss"])
     assert found.score == pytest.approx(scored(found.model), rel=1e-12)
     by_epoch = short(net(), epochs=5)
@@ -284,10 +304,15 @@ def test_patience_counts_checks_or_steps(unit: Any, patience: int, stop: int) ->
     assert found.history[-1]["step"] == stop  # the first check, at step 3, is the one improvement
 
 
-def test_a_check_that_never_comes_is_refused() -> None:
-    with pytest.raises(GoodfitError, match="check_every=25 is more than the 24 steps of all epochs; say less"):
-        short(net(), cocktail=EarlyStopping(3), check_every=25)
-    assert len(short(net(), cocktail=EarlyStopping(3), check_every=24).history) == 1
+def test_steps_behind_the_last_check_are_scored_too() -> None:
+    for every, steps in ((24, [24]), (25, [24]), (9, [9, 18, 24])):
+        found = short(net(), check_every=every)
+        assert [row["step"] for row in found.history] == steps
+        assert found.kept is found.history[-1]
+        assert found.score == pytest.approx(found.kept["valid_loss"], rel=1e-12)
+
+
+def test_an_interval_of_checks_is_a_count() -> None:
     for wrong in (0, 1.5, True):
         with pytest.raises(GoodfitError, match="check_every must be an integer >= 1"):
             short(net(), check_every=wrong)
@@ -516,7 +541,7 @@ LOADER = DataLoader(TensorDataset(*TRAIN))
         ),
         (
             {"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters())},
-            "refit trains a fresh model, which needs an optimizer of",
+            "which needs an optimizer of its own, and this SGD holds weights beside those of the model; give a function",
         ),
     ],
 )
@@ -557,6 +582,7 @@ def test_an_error_in_a_refit_passes_with_the_validated_model() -> None:
     with pytest.raises(OSError, match="gone") as caught:
         short(model, loss=loss, epochs=3, refit="steps")
     assert caught.value.result.score == pytest.approx(scored(model), rel=1e-12)
+    assert "the model is the validated one, as before the refit; what there is" in caught.value.__notes__[0]
 
 
 def test_an_interrupted_training_is_not_refit() -> None:
@@ -571,6 +597,76 @@ def test_an_interrupted_training_is_not_refit() -> None:
     found = short(model, loss=loss, cocktail=EarlyStopping(3), refit="steps")
     assert (found.reason, found.refit, found.validated) == (Reason.INTERRUPTED, "", None)
     assert found.score == pytest.approx(scored(model), rel=1e-12)
+
+
+class Ending:
+    """Batches of the training rows; `act` happens in the last pass, behind its last batch."""
+
+    def __init__(self, act: Callable[[], None], epochs: int) -> None:
+        self.act, self.left = act, epochs
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from BATCHES
+        self.left -= 1
+        if not self.left:
+            self.act()
+
+
+def test_an_error_behind_the_last_epoch_has_the_result_and_says_which_weights_the_model_has(tmp_path: Path) -> None:
+    file, model = tmp_path / "best.safetensors", net()
+    valid = Watching(model)
+    damaging = DataLoader(Stream(Ending(lambda: file.write_bytes(b"damaged"), 6)), batch_size=None)
+    with pytest.raises(GoodfitError, match="must be a file in which goodfit kept the best weights") as caught:
+        short(model, damaging, stream(valid), EarlyStopping(9), keep=file)
+    found = caught.value.result
+    losses = [row["valid_loss"] for row in found.history]
+    assert len(losses) == 6
+    assert losses.index(min(losses)) < 5
+    assert same(model.state_dict(), valid.seen[5])
+    assert (found.kept, found.score) == (found.history[-1], losses[-1])
+    assert "the model has the weights of its last step, maybe not its best (6 checks)" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("act", [ctrl_c, broken])
+def test_the_final_scoring_may_be_ended_too(act: Any) -> None:
+    model = net()
+    ask = partial(short, model, TRAIN, stream(Watching(model, act, 7)), epochs=6, refit=None)
+    if act is ctrl_c:
+        found = ask(cocktail=EarlyStopping(9))
+        assert (found.reason, found.stopped) == (Reason.INTERRUPTED, "interrupted when its model was scored once more")
+    else:
+        with pytest.raises(OSError, match="gone") as caught:
+            ask(cocktail=EarlyStopping(9))
+        found = caught.value.result
+        assert found.reason is None
+    assert found.kept == min(found.history, key=lambda row: row["valid_loss"])
+    assert found.score == found.kept["valid_loss"] == pytest.approx(scored(model), rel=1e-12)
+
+
+def test_what_is_not_finite_at_the_end_has_the_result_too() -> None:
+    calls = iter(range(10**6))
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(outputs[:, 0], y) * (math.nan if outputs.requires_grad and next(calls) == 9 else 1.0)
+
+    with pytest.raises(GoodfitError, match="must be finite, got nan") as caught:
+        short(net(), loss=loss)
+    assert [math.isfinite(row["valid_loss"]) for row in caught.value.result.history] == [True, True, False]
+    assert math.isnan(caught.value.result.score)
+
+
+@pytest.mark.parametrize("mix", [Cocktail(), EarlyStopping(9, restore=False), EarlyStopping(math.inf)], ids=str)
+def test_the_note_promises_the_best_only_where_it_is_there(mix: Any) -> None:
+    model = net()
+    with pytest.raises(OSError, match="gone") as caught:
+        short(model, stream(BATCHES, broken, 12), VALID, mix)
+    assert "the model has the weights of its last step, maybe not its best (2 checks)" in caught.value.__notes__[0]
+    found = caught.value.result
+    assert found.kept is None
+    assert math.isnan(found.score)
+    with pytest.raises(OSError, match="gone") as caught:
+        short(net(), stream(BATCHES, broken, 12), VALID, EarlyStopping(9))
+    assert "the model has its best weights so far (2 checks)" in caught.value.__notes__[0]
 
 
 def test_a_loader_that_draws_from_a_part_of_its_rows_is_not_joined() -> None:
@@ -618,3 +714,32 @@ def test_gradients_are_on_again_behind_a_fit() -> None:
     calls = iter(range(10**6))
     fit(net(), TRAIN, VALID, gf.EarlyStopping(9), loss=loss, optimizer=SGD, epochs=4, batch_size=8)
     assert torch.is_grad_enabled()
+
+
+def test_an_optimizer_of_its_own_is_copied_for_a_refit_as_it_was() -> None:
+    def made(model: nn.Module) -> torch.optim.Optimizer:
+        groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[3].parameters()}]
+        return torch.optim.SGD(groups, lr=0.7, momentum=0.5)
+
+    def by_name(parameters: Any) -> torch.optim.Optimizer:
+        first, second, third, fourth = parameters
+        return torch.optim.SGD([{"params": [first, second], "lr": 0.3}, {"params": [third, fourth]}], lr=0.7, momentum=0.5)
+
+    model = net()
+    optimizer = made(model)
+    found = short(model, cocktail=gf.L2(0.01), optimizer=optimizer, refit="epochs")
+    other = short(net(), cocktail=gf.L2(0.01), optimizer=by_name, refit="epochs")
+    assert found.refit == other.refit != ""
+    assert same(model.state_dict(), other.model.state_dict())
+    assert same(found.validated.state_dict(), other.validated.state_dict())
+    optimizer = made(model)
+    optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(GoodfitError, match="this SGD has hooks; give a function that makes it"):
+        short(model, optimizer=optimizer, refit="steps")
+
+
+def test_a_model_that_cannot_be_copied_is_not_refit() -> None:
+    model = net()
+    model.product = model[0].weight * 2
+    with pytest.raises(GoodfitError, match="refit begins from a copy, which cannot be made of this model"):
+        short(model, refit="steps")

@@ -87,7 +87,10 @@ def fit(
         refit=refit,
     )
     folder = out if out is not None else _free(data)
-    report = fit_table(data, target, folder, settings, _tell)
+    try:
+        report = fit_table(data, target, folder, settings, _tell)
+    except KeyboardInterrupt as ended:
+        _fail(f"{str(ended) or 'interrupted'}; nothing was written", 130)
     found = report["scores"]
     others = {"valid, bare network": found["bare"].get("valid", {}), "test, refit": found["refit"].get("test", {})}
     told = found["regularized"] | {part: scores for part, scores in others.items() if scores}

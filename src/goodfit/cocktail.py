@@ -25,6 +25,7 @@ _VALUES: dict[str, Any] = {
     for name in home.__all__
     if isinstance(getattr(home, name), kind)
 }
+_CRITERIA = {kind.__name__: kind for kind in stop.CRITERIA}
 _CALLS: dict[str, Callable[..., Any]] = {
     "named": where.named,
     "linear": schedules.linear,
@@ -35,9 +36,10 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "custom": groups.custom,
     "adaptive": factors.adaptive,
     "given": factors.given,
-    **{kind.__name__: kind for kind in stop.CRITERIA},
+    **_CRITERIA,
 }
 _NUMBERS = {"inf": math.inf}
+_WORDS = {"true": "True", "false": "False", "none": "None"}
 
 
 class Cocktail(tuple[Regularizer, ...]):
@@ -54,6 +56,8 @@ class Cocktail(tuple[Regularizer, ...]):
 
     def __new__(cls, *regularizers: Any) -> Cocktail:
         for one in regularizers:
+            if isinstance(one, stop.Criterion):
+                raise _misplaced(repr(one))
             if not isinstance(one, Regularizer):
                 shown = f"the class {one.__name__}: add its numbers" if isinstance(one, type) else repr(one)
                 raise GoodfitError(f"Cocktail holds regularizers such as L2(1e-4), got {shown}.")
@@ -82,7 +86,7 @@ def as_cocktail(given: Any) -> Cocktail:
     """A cocktail, one regularizer, a list of them or a text, as a cocktail."""
     if isinstance(given, str):
         return parse(given)
-    if isinstance(given, Regularizer):
+    if isinstance(given, Regularizer | stop.Criterion):
         return Cocktail(given)
     if isinstance(given, tuple | list):
         return Cocktail(*given)
@@ -101,13 +105,31 @@ def parse(text: str, own: Iterable[type[Regularizer]] = ()) -> Cocktail:
     try:
         tree = ast.parse(f"[{text}\n]", mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise GoodfitError(f"A cocktail reads like 'L2(1e-4), Dropout(0.2)', got {text!r}.") from None
+        raise GoodfitError(f"A cocktail reads like 'L2(1e-4), Dropout(0.2)', got {text!r}{_joined(text)}.") from None
     assert isinstance(tree, ast.List)
     nodes = tree.elts
     if len(nodes) == 1 and isinstance(nodes[0], ast.Call) and _name(nodes[0].func) == "Cocktail":
         nodes = nodes[0].args
     known = {**catalogue(), **{kind.__name__: kind for kind in own}}
     return Cocktail(*(_regularizer(node, known) for node in nodes))
+
+
+def _joined(text: str) -> str:
+    return "; join criteria with | or &" if "||" in text or "&&" in text else ""
+
+
+def _misplaced(criterion: str) -> GoodfitError:
+    return GoodfitError(f"A criterion goes into EarlyStopping, got {criterion}; write EarlyStopping({criterion}).")
+
+
+def _is_criterion(node: ast.expr) -> bool:
+    """Whether a text means a criterion, also one that is joined otherwise than it must be."""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name in _CRITERIA
+        case ast.Call(func=inner) | ast.BinOp(left=inner) | ast.BoolOp(values=[inner, *_]):
+            return _is_criterion(inner)
+    return False
 
 
 def _name(node: ast.expr) -> str:
@@ -117,6 +139,8 @@ def _name(node: ast.expr) -> str:
 def _regularizer(node: ast.expr, known: dict[str, type[Regularizer]]) -> Regularizer:
     name = _name(node.func) if isinstance(node, ast.Call) else _name(node)
     if name not in known:
+        if _is_criterion(node):
+            raise _misplaced(ast.unparse(node) + ("(...)" if isinstance(node, ast.Name) else ""))
         raise GoodfitError(f"A cocktail knows no regularizer {name!r}; {nearest(name, known)}")
     if not isinstance(node, ast.Call):
         raise GoodfitError(f"A regularizer is written with its numbers, got {name!r}; write {name}().")
@@ -134,7 +158,7 @@ def _call(node: ast.Call, name: str, target: Callable[..., Any]) -> Any:
             raise GoodfitError(f"{name} has no number {k.arg!r}; {nearest(str(k.arg), signature.parameters)}")
         if k.arg in keywords:
             raise GoodfitError(f"{name} has {k.arg} twice, got {ast.unparse(node)!r}; give it once.")
-        keywords[k.arg] = _value(k.value)
+        keywords[k.arg] = _value(k.value, signature.parameters[k.arg])
     try:
         signature.bind(*arguments, **keywords)
     except TypeError as wrong:
@@ -142,7 +166,7 @@ def _call(node: ast.Call, name: str, target: Callable[..., Any]) -> Any:
     return target(*arguments, **keywords)
 
 
-def _value(node: ast.expr) -> Any:
+def _value(node: ast.expr, parameter: inspect.Parameter | None = None) -> Any:
     match node:
         case ast.Constant(value=bool() | int() | float() | str() | None as value):
             return value
@@ -165,9 +189,23 @@ def _value(node: ast.expr) -> Any:
             return one & other if isinstance(op, ast.BitAnd) else one | other
         case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
             return _call(node, name, _CALLS[name])
-    hint = nearest(_name(node), [*_NUMBERS, *_VALUES, *_CALLS])
     kinds = "numbers, schedules, selectors, groups, factors and criteria"
-    raise GoodfitError(f"A cocktail holds {kinds}, got {ast.unparse(node)!r}; {hint}")
+    raise GoodfitError(f"A cocktail holds {kinds}, got {ast.unparse(node)!r}; {_hint(node, parameter)}")
+
+
+def _hint(node: ast.expr, parameter: inspect.Parameter | None) -> str:
+    """What was meant, where that can be told."""
+    keyword = "" if parameter is None else f"{parameter.name}="
+    match node:
+        case ast.Name(id=name) if name.lower() in _WORDS:
+            return f"write {keyword}{_WORDS[name.lower()]}."
+        case ast.Name(id=name) if parameter is not None and isinstance(parameter.default, str):
+            return f"write {keyword}{name!r}."
+        case ast.BoolOp():
+            return "join criteria with | or &."
+        case ast.Call(func=ast.Attribute(attr=name)) if name in _CALLS:
+            return f"write {name}(...) without what stands before it."
+    return nearest(_name(node), [*_NUMBERS, *_VALUES, *_CALLS])
 
 
 def _operands(kind: Any, *nodes: ast.expr) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from contextlib import suppress
@@ -21,9 +20,19 @@ from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.phases import Regularizer
-from goodfit.preparation import MakeOptimizer, as_reals, averaged, home_of, in_steps, optimizer_for, refuse_maximizing
+from goodfit.preparation import (
+    MakeOptimizer,
+    as_reals,
+    averaged,
+    home_of,
+    in_steps,
+    optimizer_for,
+    refuse_file,
+    refuse_maximizing,
+    refuse_numbers,
+)
 from goodfit.progress import Progress
-from goodfit.refitting import joined_data, refuse_refit, steps_for, train_for, without_stopping
+from goodfit.refitting import beginning, joined_data, refuse_refit, steps_for, train_for, without_stopping
 from goodfit.regularizers.batchnorm import BatchNorm
 from goodfit.run import Run
 from goodfit.small_batches import merged_for_norms, refuse_single_values
@@ -40,10 +49,11 @@ class Fit:
     """What a training gave.
 
     model: the very model that went in, with the weights to keep. history: a dict per check. stopped: why it ended before
-    the last epoch, "" where it did not. score: the validation loss of this model, measured after restoring. best_epoch:
-    the epoch with the lowest validation loss. kept: the row of the check whose weights these are, None where no check has
-    seen them. reason: why it ended, in one word, None at the last epoch. refit: how the model was trained anew on train and
-    valid, "" where it was not; validated: the model before that, which score, kept and best_epoch are of.
+    the last epoch, "" where it did not. score: the validation loss of this model, measured after restoring; in the `result`
+    of an error that of its check, nan without one. best_epoch: the epoch with the lowest validation loss. kept: the row of
+    the check whose weights these are, None where no check has seen them. reason: why it ended, in one word, None at the last
+    epoch. refit: how the model was trained anew on train and valid, "" where it was not; validated: the model before that,
+    which score, kept and best_epoch are of.
     """
 
     model: nn.Module = field(repr=False)
@@ -83,37 +93,38 @@ def fit(
     optimizer: an optimizer, or a function from parameters to one; AdamW with lr 1e-3 and no decay of its own if not given.
     seed: of the order, the masks and torch's generator within the call, which leaves that generator as it was. device:
     where the model goes, else where it is. progress: None shows a bar on a terminal. check_every: so many optimizer steps
-    from one validation to the next, in place of an epoch. keep: a file for the best weights, in place of memory. refit:
-    "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that are kept.
+    from one validation to the next, and one behind the last, in place of an epoch. keep: a file for the best weights, in
+    place of memory. refit: "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that
+    are kept.
 
-    Ctrl-C ends the training as a stop does, without a refit. A loss that is not finite ends it too, and the best so far is
-    kept. Any other error passes through, with the best so far in the model and what there is so far in its `result`.
+    Ctrl-C ends the training as a stop does, without a refit. A loss that is not finite ends it too. Any other error passes
+    through, behind the first check with what there is so far in its `result`. However it ends, an EarlyStopping that restores
+    puts the best so far into the model; without one, the weights of the last step stay.
     """
-    for name, number in (("epochs", epochs), ("check_every", 1 if check_every is None else check_every)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise GoodfitError(f"{name} must be an integer >= 1, got {name}={number!r}.")
-    refuse_refit(refit, optimizer)
+    refuse_numbers(epochs, check_every, seed)
+    refuse_file(keep)
+    refuse_refit(refit)
     training = batches_of(train, "train", batch_size, shuffle=True, seed=seed)
     validation = batches_of(valid, "valid", batch_size, shuffle=False, seed=seed)
     both = None if refit is None else joined_data(training, validation, batch_size, seed)
     recipe = _Recipe(as_cocktail(cocktail), loss, task, optimizer, seed, home_of(model, device), check_every, keep)
-    start = None if refit is None else copy.deepcopy(model)
+    start, own = (None, None) if refit is None else beginning(model, optimizer)
     # Ctrl-C within torch.no_grad() may leave gradients off.
     with torch.enable_grad(), torch.random.fork_rng(devices=[recipe.home] if recipe.home.type == "cuda" else []):
         work = recipe.begin(model, training, validation)
         try:
             with training_mode(model), Progress(epochs, "fit", progress) as bar:
                 work.go(epochs, bar)
+            found = _finished(work)
         except BaseException as wrong:
             _hand_over(work, wrong)
             raise
-        found = _finished(work)
         if start is None or refit is None or work.reason is Reason.INTERRUPTED:
             return found
         try:
-            return recipe.again(found, work, start, both, refit, progress)
-        except Exception as wrong:
-            wrong.result = found  # type: ignore[attr-defined]
+            return replace(recipe, optimizer=own).again(found, work, start, both, refit, progress)
+        except BaseException as wrong:
+            _hang(found, wrong, "the model is the validated one, as before the refit")
             raise
 
 
@@ -166,30 +177,31 @@ class _Recipe:
         return replace(found, refit=told, validated=start)
 
 
-def _finished(work: Training, failed: bool = False) -> Fit:
+def _finished(work: Training) -> Fit:
     """The weights to keep put back, and scored."""
     work.finish()
-    kept, history = work.kept(), work.history
+    kept = work.kept()
     try:
         score = work.score()
-    except Exception:
-        if not failed or kept is None:  # data that failed in training may fail here too
+    except KeyboardInterrupt:
+        if kept is None:
             raise
+        work.interrupt("interrupted when its model was scored once more")
         score = float(kept["valid_loss"])
     if not math.isfinite(score):
         raise GoodfitError(
             f"The validation loss must be finite, got {score} ({work.stopped or 'at the last epoch'}); lower the learning "
             "rate, or look for nan in the data."
         )
-    if kept is not None and not _as_recorded(work.run.model, score, kept["valid_loss"]):
-        warnings.warn(
-            f"The model that comes back scores {score:.6g}, and its check in epoch {kept['epoch']} said "
-            f"{kept['valid_loss']:.6g}: validation is not the same twice; give data and a model that are.",
-            GoodfitWarning,
-            stacklevel=3,
-        )
-    best = min(history, key=lambda row: row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf)
-    return Fit(work.run.model, history, work.stopped, score, best["epoch"], kept, work.reason)
+    odd = "" if kept is None else work.otherwise(score, kept)
+    if odd:
+        warnings.warn(odd, GoodfitWarning, stacklevel=3)
+    return _fit_of(work, score, kept)
+
+
+def _fit_of(work: Training, score: float, kept: dict[str, Any] | None) -> Fit:
+    best = min(work.history, key=lambda row: row["valid_loss"] if math.isfinite(row["valid_loss"]) else math.inf)
+    return Fit(work.run.model, work.history, work.stopped, score, best["epoch"], kept, work.reason)
 
 
 def _swap(one: nn.Module, other: nn.Module) -> None:
@@ -201,21 +213,21 @@ def _swap(one: nn.Module, other: nn.Module) -> None:
         put(theirs[name], before)
 
 
-def _as_recorded(model: nn.Module, score: float, recorded: float) -> bool:
-    """Whether two scores of one model differ by no more than rounding."""
-    types = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    rounding = max((torch.finfo(kind).eps ** 0.5 for kind in types), default=0.0)
-    return not math.isfinite(recorded) or math.isclose(score, recorded, rel_tol=rounding, abs_tol=1e-12)
-
-
 def _hand_over(work: Training, wrong: BaseException) -> None:
     """Put the best back, and hang what there is so far on what ended the training."""
     if not work.history:
         return
-    with suppress(Exception):  # what ended the training is what is told
-        found = _finished(work, failed=True)
+    if not work.put_back:
+        with suppress(Exception, KeyboardInterrupt):  # what ended the training is what is told
+            work.finish()
+    kept = work.kept()  # nothing is scored anew: what failed would fail again
+    weights = "its best weights so far" if work.restored() is not None else "the weights of its last step, maybe not its best"
+    found = _fit_of(work, math.nan if kept is None else float(kept["valid_loss"]), kept)
+    _hang(found, wrong, f"the model has {weights} ({len(work.history)} checks)")
+
+
+def _hang(found: Fit, wrong: BaseException, model: str) -> None:
+    """What there is, on what passes through."""
+    with suppress(Exception):  # an exception may refuse attributes
         wrong.result = found  # type: ignore[attr-defined]
-        wrong.add_note(
-            f"gf.fit: the model has its best weights so far ({len(work.history)} checks); what there is of the training is "
-            "in the `result` of this exception."
-        )
+        wrong.add_note(f"gf.fit: {model}; what there is of the training is in the `result` of this exception.")

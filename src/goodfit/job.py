@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from goodfit.defaults import COCKTAIL, DEPTH, WIDTH
 from goodfit.errors import GoodfitError
 from goodfit.fitting import Fit, fit
 from goodfit.losses import loss_of
+from goodfit.preparation import refuse_maximizing
 from goodfit.report.evidence import weights_of
 from goodfit.report.render import render
 from goodfit.stop.criterion import Reason
@@ -62,14 +63,13 @@ def fit_table(path: Path, target: str, out: Path, settings: Settings, tell: Tell
     started = time.perf_counter()
     claim(out)
     cocktail = parse(settings.cocktail)
-    _check(settings)
+    _check(settings, cocktail)
     data = prepare(path, target, settings.task, settings.seed, settings.reading, tell)
     with pinned(settings.threads):
         found = _train(data, cocktail, settings, settings.epochs)
         epochs = found.history[-1]["epoch"]
-        tell(f"ended {'in' if settings.check_every else 'after'} epoch {epochs}: {found.stopped or 'the last one'}")
-        if found.refit:
-            tell(found.refit)
+        for line in _ending(found, "in" if settings.check_every else "after"):
+            tell(line)
         bare = None
         if found.reason is not Reason.INTERRUPTED:
             tell("the same network bare, to compare")
@@ -78,7 +78,9 @@ def fit_table(path: Path, target: str, out: Path, settings: Settings, tell: Tell
         report = story | _results(data, found, bare) | {"cocktail": str(cocktail), "cocktail_repr": repr(cocktail)}
         report["seconds"] = round(time.perf_counter() - started, 2)
         with written_whole(out) as folder:
-            save_predictor(folder, found.model, data.encoder, data.answers, story | {"scores": report["scores"]})
+            save_predictor(
+                folder, found.model, data.encoder, data.answers, story | {"refit": found.refit, "scores": report["scores"]}
+            )
             _save_test_predictions(folder / "test_predictions.csv", data, found)
             write_json(folder / "history.json", report["history"])
             write_json(folder / "report.json", report)
@@ -105,8 +107,11 @@ def write_report(folder: Path) -> Path:
     return page
 
 
-def _check(settings: Settings) -> None:
+def _check(settings: Settings, cocktail: Cocktail) -> None:
     """Refuse what would fail only after the table is read."""
+    if settings.refit not in (None, "steps", "epochs"):
+        raise GoodfitError(f"--refit must be steps or epochs, or left out, got {settings.refit!r}.")
+    refuse_maximizing(cocktail)
     if settings.task is not None:
         loss_of(settings.task)
     try:
@@ -140,12 +145,30 @@ def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int) -> F
     return found
 
 
+def _ending(found: Fit, at: str) -> Iterator[str]:
+    """Why it ended, and whose weights are kept."""
+    last, kept = found.history[-1], found.kept
+    known = " in epoch " in found.stopped
+    yield f"ended: {found.stopped}" if known else f"ended {at} epoch {last['epoch']}: {found.stopped or 'the last one'}"
+    if kept is None:
+        yield "kept: the weights of the last step, which no check has scored"
+    elif kept["valid_loss"] <= last["best"]:
+        yield f"kept: the best weights, of epoch {kept['epoch']}"
+    else:
+        yield f"kept: the weights of the last step, not those of epoch {found.best_epoch}: no EarlyStopping restores the best"
+    if found.refit:
+        yield found.refit
+
+
 def _bare(data: Data, settings: Settings, epochs: int, tell: Tell) -> Fit | None:
     try:
         bare = _train(data, Cocktail(), settings, epochs)
         if not bare.stopped:
             return bare
-        tell(f"without a comparison: the bare network was {bare.stopped}")
+        tell(f"without a comparison: the bare network ended early, {bare.stopped}")
+        return None
+    except KeyboardInterrupt:
+        tell("without a comparison: the bare network was interrupted")
         return None
     except GoodfitError as wrong:
         tell(f"the bare network diverged: {wrong}")
@@ -178,7 +201,7 @@ def _results(data: Data, found: Fit, bare: Fit | None) -> dict[str, Any]:
     """What came of it; here alone the test part is scored."""
     validated = found.validated or found.model  # a refit network has seen the validation part
     last = found.history[-1]
-    kept = found.kept or last
+    kept = found.kept or {"epoch": None, "step": None}
     return {
         "network": "MLP " + " → ".join(map(str, [data.x.shape[1], *[WIDTH] * DEPTH, data.answers.outputs])),
         "duplicates": data.duplicates,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +22,46 @@ from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.schedules import Schedule
 from goodfit.surgery.running import call_model, evaluating
 
-__all__ = ["MakeOptimizer", "as_reals", "averaged", "home_of", "in_steps", "optimizer_for", "refuse_maximizing"]
+__all__ = [
+    "MakeOptimizer",
+    "as_reals",
+    "averaged",
+    "home_of",
+    "in_steps",
+    "optimizer_for",
+    "refuse_file",
+    "refuse_maximizing",
+    "refuse_numbers",
+]
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def refuse_numbers(epochs: Any, check_every: Any, seed: Any) -> None:
+    """Refuse counts and seeds that are none."""
+    counts = {"epochs": epochs} if check_every is None else {"epochs": epochs, "check_every": check_every}
+    for name, number in counts.items():
+        if not _whole(number) or number < 1:
+            raise GoodfitError(f"{name} must be an integer >= 1, got {name}={number!r}.")
+    if not _whole(seed) or not 0 <= seed < 2**63:
+        raise GoodfitError(f"seed must be an integer >= 0 and below 2**63, got seed={seed!r}.")
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def refuse_file(keep: Any) -> None:
+    """Refuse a path that no file can have."""
+    if not isinstance(keep, str | Path):
+        return
+    try:
+        os.stat(keep)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as wrong:
+        why = wrong.strerror if isinstance(wrong, OSError) else wrong
+        raise GoodfitError(f"keep must be the path of a file, got {str(keep)!r:.80} ({why}); give another.") from None
 
 
 def home_of(model: Any, device: torch.device | str | None) -> torch.device:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import (
     ConcatDataset,
@@ -28,17 +30,37 @@ from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.rows import joined
 from goodfit.training import Training
 
-__all__ = ["joined_data", "refuse_refit", "steps_for", "train_for", "without_stopping"]
+__all__ = ["beginning", "joined_data", "refuse_refit", "steps_for", "train_for", "without_stopping"]
 
 
-def refuse_refit(how: Any, optimizer: Any) -> None:
-    """Refuse a way to refit that is not known, and an optimizer that holds the weights of the first training."""
+def refuse_refit(how: Any) -> None:
+    """Refuse a way to refit that is not known."""
     if how not in (None, "steps", "epochs"):
         raise GoodfitError(f"refit must be 'steps' or 'epochs', or left out, got refit={how!r}.")
-    if how is not None and isinstance(optimizer, Optimizer):
+
+
+def beginning(model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+    """A copy of the model to begin from again, and what optimizes it: an instance is copied with it, as it is now."""
+    own = optimizer if isinstance(optimizer, Optimizer) else None
+    if own is not None:
+        _refuse_bound(model, own)
+    try:
+        start, copied = copy.deepcopy((model, own))
+    except Exception as wrong:
+        why = (str(wrong).splitlines() or [type(wrong).__name__])[0]
+        raise GoodfitError(f"refit begins from a copy, which cannot be made of this model ({why}); leave refit out.") from None
+    return start, optimizer if copied is None else copied
+
+
+def _refuse_bound(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer of which a copy would do less: one of other weights too, or with hooks, which are not copied."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if hooked or not held <= {id(p) for p in model.parameters()}:
+        what = "has hooks" if hooked else "holds weights beside those of the model"
         raise GoodfitError(
-            "refit trains a fresh model, which needs an optimizer of its own; give a function that makes it from the "
-            "parameters, as in optimizer=lambda parameters: SGD(parameters, lr=0.1)."
+            f"refit trains a fresh model, which needs an optimizer of its own, and this {type(optimizer).__name__} {what}; "
+            "give a function that makes it from the parameters, as in optimizer=lambda parameters: SGD(parameters, lr=0.1)."
         )
 
 

@@ -7,11 +7,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from goodfit.data import uncounted
-from goodfit.errors import GoodfitError
+from goodfit.errors import GoodfitError, listed
 from goodfit.loop import LossFunction, Prepare, evaluate, mean_and_stderr, train_steps
 from goodfit.phases import Finish
 from goodfit.progress import Progress
@@ -19,16 +20,18 @@ from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.stop.criterion import Reason
 from goodfit.stop.gradients import evidence
+from goodfit.tensors import tensors_of
 
 __all__ = ["Training"]
 
 
 @dataclass
 class Training:
-    """Epochs of the reference loop on `train`, checked on `valid` after each, or after every so many steps.
+    """Epochs of the reference loop on `train`, checked on `valid` after each, or after every so many steps and the last.
 
     measure: f(outputs, y) → mean over the rows; rowwise: the loss of each row, where it is known. history: a dict per check.
-    stopped: why it ended before the last epoch, "" where it did not; reason: the same in one word.
+    stopped: why it ended before the last epoch, "" where it did not; reason: the same in one word. put_back: whether the
+    weights to keep are in the model.
     """
 
     run: Run
@@ -44,13 +47,14 @@ class Training:
     history: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     reason: Reason | None = None
+    put_back: bool = False
     _total: float | Tensor = 0.0
     _rows: int = 0
     _told: dict[str, Any] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        looks = self._asked("evidence") or any(one.averages for one, _ in self.run.states(Finish))
+        looks = self._asked("evidence") or self._averages()
         if self.check_every and looks and getattr(getattr(self.train, "loader", self.train), "persistent_workers", False):
             raise GoodfitError(
                 "check_every looks at the training data in the middle of an epoch here, for averages or evidence, and workers "
@@ -63,32 +67,60 @@ class Training:
             for self.epoch in range(1, epochs + 1):
                 if not self._go_on(bar):
                     return
+            if self._rows:  # steps behind the last of every so many
+                self._check(bar)
         except KeyboardInterrupt:
             self._complete()
             if not self.history:
-                raise KeyboardInterrupt(f"interrupted in epoch {self.epoch}, before the first check") from None
+                raise KeyboardInterrupt("interrupted before the first check") from None
             self._end(f"interrupted in epoch {self.epoch}", Reason.INTERRUPTED)
         except BaseException as wrong:
             self._end(f"ended by {type(wrong).__name__} in epoch {self.epoch}", Reason.FAILED)
             raise
-        if not self.history:
-            raise GoodfitError(f"check_every={self.check_every} is more than the {self.step} steps of all epochs; say less.")
+
+    def restored(self) -> int | None:
+        """The step of the check whose weights an early stopping has put back, None where none has."""
+        best = [int(state["best_step"]) for one, state in self.run.states(EarlyStopping) if one.restores(state)]
+        return best[-1] if best and self.put_back else None
 
     def kept(self) -> dict[str, Any] | None:
-        """The row of the check whose weights `run.finish` leaves in the model, None where no check has seen them."""
-        best = [int(state["best_step"]) for one, state in self.run.states(EarlyStopping) if one.restores(state)]
-        if not best and self.reason in (Reason.INTERRUPTED, Reason.FAILED):  # in the middle of a step, maybe
-            return None
-        step = best[-1] if best else self.step
+        """The row of the check whose weights the model has after `finish`, None where no check has seen them."""
+        step = self.restored()
+        if step is None:
+            within = self.reason in (Reason.INTERRUPTED, Reason.FAILED)  # in the middle of a step, maybe
+            if within or (self._averages() and not self.put_back):
+                return None
+            step = self.step
         return next((row for row in self.history if row["step"] == step), None)
 
     def finish(self) -> None:
         """The weights to keep, into the model."""
         self.run.finish(uncounted(self.train))
+        self.put_back = True
+
+    def interrupt(self, told: str) -> None:
+        """Say that Ctrl-C came, behind what ended the training."""
+        self._end("; ".join(filter(None, (self.stopped, told))), Reason.INTERRUPTED)
 
     def score(self) -> float:
         """What the model scores as it is."""
         return evaluate(self.run.model, self.valid, self.measure)
+
+    def otherwise(self, score: float, row: dict[str, Any]) -> str:
+        """How a score of the model differs from that of its check by more than rounding, and what may be why; "" if not."""
+        types = [p.dtype for p in self.run.model.parameters() if p.is_floating_point()]
+        rounding = max((torch.finfo(kind).eps ** 0.5 for kind in types), default=0.0)
+        said = row["valid_loss"]
+        if not math.isfinite(said) or math.isclose(score, said, rel_tol=rounding, abs_tol=1e-12):
+            return ""
+        known = tensors_of(self.run.model)[1]
+        passing = [name for name, _ in self.run.model.named_buffers() if name not in known]
+        told = f"; not restored, since not persistent: buffer {listed(passing)}" if passing else ""
+        return (
+            f"The model that comes back scores {score:.6g}, and its check in epoch {row['epoch']} said {said:.6g}: validation "
+            "is not the same twice; give data and a model that are (F.dropout and F.scaled_dot_product_attention drop in eval "
+            f"mode too, where a rate is passed{told})."
+        )
 
     def _go_on(self, bar: Progress) -> bool:
         """One epoch with its checks; whether another may follow."""
@@ -148,6 +180,9 @@ class Training:
     def _asked(self, name: str) -> bool:
         """Whether a criterion asks for it."""
         return any(name in one.criterion.needs for one, _ in self.run.states(EarlyStopping))
+
+    def _averages(self) -> bool:
+        return any(one.averages for one, _ in self.run.states(Finish))
 
     def _refuse_unknown(self, stderr: float | None) -> None:
         if stderr is None and self._asked("stderr"):

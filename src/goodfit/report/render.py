@@ -142,9 +142,9 @@ def _verdict(data: dict[str, Any]) -> tuple[str, str]:
     """A few words, and the sentence that bears them out."""
     history, unit = data.get("history") or {}, _unit(data)
     regularized, bare = (_losses(history.get(key) or [], unit) for key in ("regularized", "bare"))
-    kept = [loss for loss in regularized if loss[1] == data.get(f"best_{unit}")] or [min(regularized, default=(math.inf, 0))]
     if not regularized:
         return "No verdict.", "The regularized network has no validation loss that is a number."
+    kept = [loss for loss in regularized if loss[1] == data.get(f"best_{unit}")] or regularized[-1:]
     loss, at = kept[0]
     first = f"The regularized network’s validation loss is {number(loss)}, from {unit} {at}"
     if not bare:
