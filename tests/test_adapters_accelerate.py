@@ -65,6 +65,8 @@ def host(
         accelerator.load_state(str(saved / str(resumed_from)))
     scores = []
     for epoch in range(resumed_from + 1, epochs + 1):
+        if run.stopped:
+            break
         model.train()
         for i, (x, y) in enumerate(batches):
             if epoch == killed_in and i == 2:
@@ -143,6 +145,16 @@ def test_killed_and_resumed_is_as_if_it_had_run_through(epoch: int, tmp_path: Pa
     assert scores == whole_scores[epoch - 1 :]
     assert run.stopped == whole.stopped
     assert same(model, theirs)
+
+
+def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Path) -> None:
+    first, run, _ = host(saved=tmp_path)
+    again, their_run, scores = host(saved=tmp_path, resumed_from=STOP)
+    assert (their_run.stopped, scores) == (run.stopped, [])
+    assert same(again, first)
+    theirs, _, scores = host(patience(5), saved=tmp_path, resumed_from=STOP)
+    assert len(scores) == 2
+    assert same(theirs, plain(patience(5))[0])
 
 
 def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:

@@ -303,6 +303,19 @@ def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:
     assert shorter.trainer.state.epoch == STOP - 1
 
 
+def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Path) -> None:
+    first = Host()
+    saving(first, tmp_path)
+    first.fit()
+    again = resumed(tmp_path, 4 * STOP).fit()
+    assert (again.trainer.state.iteration, again.scores) == (4 * STOP, [])
+    assert again.regularization.stopped == first.regularization.stopped
+    assert same(again.model, first.model)
+    longer = resumed(tmp_path, 4 * STOP, patience(5)).fit()
+    assert longer.trainer.state.epoch == STOP + 2
+    assert same(longer.model, loop(patience(5))[0])
+
+
 def test_a_stopped_training_that_is_run_again_is_asked_anew() -> None:
     host = Host().fit()
     assert host.trainer.state.epoch == STOP

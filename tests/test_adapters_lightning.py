@@ -346,7 +346,8 @@ def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_pa
     first = regularization()
     assert fit(Module(), first, saver(tmp_path)).current_epoch == STOP
     module, again = Module(), regularization()
-    assert fit(module, again, resume=tmp_path / "last.ckpt").current_epoch == STOP
+    host = fit(module, again, resume=tmp_path / "last.ckpt")
+    assert (host.current_epoch, host.global_step) == (STOP, 4 * STOP)
     assert again.stopped == first.stopped
     assert same(plain()[0], module.net)
     patient = patience(6)

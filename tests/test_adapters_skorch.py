@@ -16,7 +16,15 @@ import torch
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from skorch import NeuralNetRegressor
-from skorch.callbacks import Callback, Checkpoint, EpochScoring, GradientNormClipping, LoadInitState, LRScheduler
+from skorch.callbacks import (
+    Callback,
+    Checkpoint,
+    EpochScoring,
+    GradientNormClipping,
+    LoadInitState,
+    LRScheduler,
+    TrainEndCheckpoint,
+)
 from skorch.dataset import Dataset, unpack_data
 from skorch.helper import predefined_split
 from torch import nn, optim
@@ -365,6 +373,24 @@ def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:
     net = resumable(tmp_path, cocktail=longer).fit(X, Y)
     assert len(net.history) == STOP + 2
     assert same(net.module_, loop(longer)[0])
+
+
+def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Path) -> None:
+    """The stop itself is in the checkpoint of the end, with the weights that were kept."""
+
+    def made(cocktail: Any) -> Any:
+        saving = TrainEndCheckpoint(dirname=str(tmp_path), f_goodfit="goodfit.pt")
+        return host(cocktail, saving, LoadInitState(saving))
+
+    first = made(COCKTAIL).fit(X, Y)
+    again = made(COCKTAIL).fit(X, Y)
+    assert again.history == first.history
+    assert ours(again).stopped == ours(first).stopped
+    assert int(ours(again).run.state_dict()["step"]) == 4 * STOP
+    assert same(again.module_, first.module_)
+    again.partial_fit(X, Y)
+    assert len(again.history) == STOP + 1
+    assert len(made(patience(50)).fit(X, Y).history) > STOP + 1
 
 
 def test_weights_with_inserted_layers_are_loaded_for_prediction(tmp_path: Path) -> None:

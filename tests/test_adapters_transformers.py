@@ -308,7 +308,8 @@ def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_pa
     first = regularization()
     last = train(Model(), first, folder=tmp_path, save_strategy="epoch").state.global_step
     hosted, again = Model(), regularization()
-    train(hosted, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
+    host = train(hosted, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
+    assert host.state.global_step == last + 1  # the Trainer looks whether to stop behind a step, which is not kept
     assert again.stopped == first.stopped
     assert same(plain()[0], hosted.net)
     hosted = Model()

@@ -18,7 +18,6 @@ from goodfit.adapters.host import imported, monitored, refuse_sharded
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Epoch, Regularizer
-from goodfit.processes import world
 from goodfit.run import Run
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Regularization:
         self.monitor = monitor
         self.trainer: Engine = _ignite.engine.Engine(lambda engine, batch: None)
         self._heard: tuple[int, Any] = (-1, None)
-        self._saved = -1
+        self._saved, self._resumed = -1, False
 
     @property
     def stopped(self) -> str:
@@ -76,9 +75,12 @@ class Regularization:
         return self
 
     def _start(self, trainer: Engine) -> None:
-        """A training that was stopped and is run again is asked anew."""
-        self.run.go_on()
-        self._heard = (-1, None)
+        """A training that was stopped is asked anew where it is run again, and not where it comes from a checkpoint."""
+        if not self._resumed:
+            self.run.go_on()
+        elif self.stopped:
+            trainer.terminate()
+        self._resumed, self._heard = False, (-1, None)
 
     def _hear(self, evaluator: Engine) -> None:
         """One check; data that is evaluated when no training is on, or again for the same weights, is none."""
@@ -104,12 +106,9 @@ class Regularization:
             self.trainer.terminate()
 
     def _score(self, evaluator: Engine) -> float | Tensor:
-        """Metrics of Ignite are those of all processes already, but others may differ, and all must stop together."""
         if callable(self.monitor):
-            score = self.monitor(evaluator)
-        else:
-            score = monitored(evaluator.state.metrics, self.monitor, "the evaluator")
-        return score if world() == 1 else _ignite.distributed.all_reduce(float(score)) / world()
+            return self.monitor(evaluator)
+        return monitored(evaluator.state.metrics, self.monitor, "the evaluator")
 
     def _end(self, trainer: Engine, *errors: BaseException) -> None:
         """Give back the best, whatever ended the training; what ended it early may have come before there was one."""
@@ -129,3 +128,4 @@ class Regularization:
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken; the numbers of the cocktail are those of now."""
         self.run.load_state_dict(saved)
+        self._resumed = True

@@ -151,16 +151,14 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        score = monitored(trainer.callback_metrics, self.monitor, "the Trainer")
-        go_on = self.run.epoch(trainer.strategy.reduce(score, reduce_op="mean"))  # all processes decide on one number
+        go_on = self.run.epoch(monitored(trainer.callback_metrics, self.monitor, "the Trainer"))
         self.heard = True
         trainer.should_stop = trainer.should_stop or not go_on
 
     def state_dict(self) -> dict[str, Any]:
         if self._run is None:
             return {}
-        told = {"cocktail": repr(self.cocktail), "finished": self.finished}
-        return {"run": self._run.state_dict(), **told}
+        return {"run": self._run.state_dict(), "finished": self.finished}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._fitting and self.state_key not in checkpoint["callbacks"]:
@@ -179,8 +177,6 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
             )
         self.run.load_state_dict(state_dict["run"])
         self.heard = bool(state_dict["run"]["heard"])
-        if state_dict["cocktail"] != repr(self.cocktail):  # what stopped may go on with another patience
-            self.run.go_on()
 
     def finish(self, batches: Any) -> None:
         """Restore the best; called when Lightning's own checkpoints of the last step are written."""

@@ -51,7 +51,7 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
         self.state_: dict[str, Tensor] = {}
         self.held_: list[Optimizer] = []
         self.data_: Any = None
-        self.epochs_, self.saved_ = 0, False
+        self.epochs_, self.saved_, self.resumed_ = 0, False, False
 
     @property
     def run(self) -> Run:
@@ -101,11 +101,15 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         self.prepare(net, X, y)
-        self.run.go_on()
+        if not self.resumed_:
+            self.run.go_on()
         self.epochs_, self.data_ = 0, None
 
     def on_epoch_begin(self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any) -> None:
         self.data_, self.saved_ = dataset_train, False
+        if self.stopped:  # by a checkpoint: a training that is run again was asked anew
+            net.history.pop()
+            raise KeyboardInterrupt
         deaf = next(self.run.cocktail.of(Epoch), None)
         if deaf is not None and dataset_valid is None and self.monitor == "valid_loss":
             raise GoodfitError(
@@ -138,7 +142,7 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
         except GoodfitError:
             if self.epochs_:  # else it was interrupted before there was anything to give back
                 raise
-        self.data_ = None
+        self.data_, self.resumed_ = None, False
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the run must remember, for `Checkpoint(f_goodfit=...)`."""
@@ -148,6 +152,7 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken; the numbers of the cocktail are those of now."""
         self.run.load_state_dict(saved)
+        self.resumed_ = True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied optimizer has lost its hooks, so the run of a copied net is made again, from its state."""

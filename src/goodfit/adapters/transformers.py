@@ -159,7 +159,7 @@ class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        told = {"cocktail": repr(self.cocktail), "weights": _fingerprint(self.run.model)}
+        told = {"weights": _fingerprint(self.run.model)}
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._file
         unfinished = path.with_suffix(".unfinished")
         save_file({name: t.contiguous() for name, t in self.run.state_dict().items()}, unfinished, told)
@@ -181,8 +181,6 @@ class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-
             )
         self.run.load_state_dict(state)
         self._heard = 0 if state["heard"] else -1
-        if told["cocktail"] != repr(self.cocktail):  # what stopped may go on with another patience
-            self.run.go_on()
 
 
 def _fingerprint(model: nn.Module) -> str:
