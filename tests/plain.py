@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import goodfit as gf
+from toys import Mean
 
 DRAW = torch.Generator().manual_seed(5)
 X, Y, XV, YV = (torch.randn(32, columns, generator=DRAW, dtype=torch.float32) for columns in (3, 1, 3, 1))
@@ -27,6 +28,7 @@ def patience(checks: int) -> gf.Cocktail:
 
 
 COCKTAIL = patience(3)
+AVERAGED = gf.Cocktail(*REST, Mean(0.2), gf.EarlyStopping(3))
 
 
 def net() -> nn.Module:

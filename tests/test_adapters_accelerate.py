@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import goodfit as gf
 from goodfit.adapters.accelerate import Regularization
-from plain import BEST, COCKTAIL, EPOCHS, REST, SEED, STOP, X, Y, adam, loader, net, patience, plain, same, valid_loss
+from plain import AVERAGED, BEST, COCKTAIL, EPOCHS, REST, SEED, STOP, X, Y, adam, loader, net, patience, plain, same, valid_loss
 from together import in_two_processes
 from toys import Blur, Flood, Uphill
 
@@ -77,15 +77,16 @@ def host(
                 optimizer.step()
                 optimizer.zero_grad()
         if epoch % every == 0:
-            scores.append(score(model))
-            go_on = run.epoch(scores[-1])
+            with run.view(batches):
+                scores.append(score(model))
+                go_on = run.epoch(scores[-1])
         else:
             go_on = True
         if saved is not None:
             accelerator.save_state(str(saved / str(epoch)))
         if not go_on:
             break
-    run.finish()
+    run.finish(batches)
     return bare, run, scores
 
 
@@ -133,6 +134,13 @@ def test_validation_every_second_epoch_of_a_score_to_maximize() -> None:
     theirs, their_run, their_scores = host(cocktail, **settings)
     assert their_scores == scores
     assert their_run.stopped == run.stopped != ""
+    assert same(model, theirs)
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_is_not() -> None:
+    model, _, scores = plain(AVERAGED)
+    theirs, _, their_scores = host(AVERAGED)
+    assert their_scores == scores
     assert same(model, theirs)
 
 

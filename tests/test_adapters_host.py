@@ -11,7 +11,7 @@ from torch import nn
 
 import goodfit as gf
 from goodfit.adapters.host import imported, monitored, refuse_second, refuse_sharded, submodule
-from toys import Uphill
+from toys import Mean, Uphill
 
 
 def test_a_missing_host_is_one_line_with_the_command() -> None:
@@ -63,9 +63,11 @@ def test_sharded_weights_are_refused(tmp_path: Any) -> None:
 
 
 def test_a_second_regularization_may_only_stop() -> None:
-    refuse_second(gf.parse("EarlyStopping(3), L2(0)"))
+    refuse_second(gf.parse("EarlyStopping(3), L2(0)"), gf.parse("L2(0.1)"))
     with pytest.raises(gf.GoodfitError, match=r"may only stop the training, got Dropout\(0\.1\)"):
-        refuse_second(gf.parse("EarlyStopping(3), Dropout(0.1)"))
+        refuse_second(gf.parse("EarlyStopping(3), Dropout(0.1)"), gf.parse("L2(0.1)"))
+    with pytest.raises(gf.GoodfitError, match=r"Mean\(0\.5\) averages weights, of which a second Regularization knows nothing"):
+        refuse_second(gf.parse("EarlyStopping(3)"), gf.Cocktail(Mean(0.5)))
 
 
 # What hosts do with a run, without a host

@@ -22,7 +22,24 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from goodfit.adapters.ignite import Regularization
-from plain import BEST, COCKTAIL, EPOCHS, REST, SEED, STOP, X, adam, loader, net, patience, plain, same, validation, whole_loss
+from plain import (
+    AVERAGED,
+    BEST,
+    COCKTAIL,
+    EPOCHS,
+    REST,
+    SEED,
+    STOP,
+    X,
+    adam,
+    loader,
+    net,
+    patience,
+    plain,
+    same,
+    validation,
+    whole_loss,
+)
 from together import in_two_processes
 from toys import Blur, Clip, Flood, Mean, Uphill
 
@@ -253,6 +270,46 @@ def test_averaged_weights_get_their_statistics_from_the_training_data() -> None:
     alike.load_state_dict(host.model.state_dict())
     gf.recalibrate(alike, loader())
     assert same(alike, host.model)
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_and_is_saved_is_not(tmp_path: Path) -> None:
+    model, run, scores = loop(AVERAGED)
+    host = Host(AVERAGED)
+    saving(host, tmp_path)
+    host.fit()
+    assert host.scores == scores
+    assert host.regularization.stopped == run.stopped != ""
+    assert same(model, host.model)
+    assert same(model, resumed(tmp_path, 12, AVERAGED).fit().model)
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_an_error_in_the_validation_puts_back_what_trains(handled: bool) -> None:
+    host = Host(AVERAGED)
+    validate, failed = host.evaluator._process_function, []
+
+    def fail(*batch: Any) -> Any:
+        if host.trainer.state.epoch == 7 and not failed:
+            failed.append(True)
+            raise OSError("disk")
+        return validate(*batch)
+
+    def look() -> None:
+        try:
+            host.evaluator.run(validation(32))
+        except OSError:
+            host.evaluator.run(validation(32))
+
+    host.evaluator._process_function = fail
+    if handled:
+        host.trainer._event_handlers[Events.EPOCH_COMPLETED].pop(0)
+        host.trainer.add_event_handler(Events.EPOCH_COMPLETED, look)
+        host.fit()
+        assert same(host.model, loop(AVERAGED)[0])
+    else:
+        with pytest.raises(OSError, match="disk"):
+            host.fit()
+        assert same(host.model, loop(AVERAGED, epochs=6)[0])
 
 
 # Resuming

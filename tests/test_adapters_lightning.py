@@ -15,7 +15,23 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 import goodfit as gf
-from plain import BEST, COCKTAIL, REST, SEED, STOP, X, adam, loader, net, patience, plain, same, valid_loss, validation
+from plain import (
+    AVERAGED,
+    BEST,
+    COCKTAIL,
+    REST,
+    SEED,
+    STOP,
+    X,
+    adam,
+    loader,
+    net,
+    patience,
+    plain,
+    same,
+    valid_loss,
+    validation,
+)
 from toys import Blur, Clip, Flood, Uphill
 
 lightning = pytest.importorskip("pytorch_lightning")
@@ -407,6 +423,38 @@ def test_a_checkpoint_is_validated_in_another_process_without_a_fit(tmp_path: An
     other = trainer(regularization())
     scores = other.validate(module, validation(), ckpt_path=tmp_path / "end.ckpt", weights_only=False, verbose=False)
     assert scores[0]["valid_loss"] == pytest.approx(valid_loss(plain(epochs=2)[0]))
+
+
+# Averaged weights
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_and_is_saved_is_not(tmp_path: Any) -> None:
+    model, run, scores = plain(AVERAGED)
+    module, ours = Module(), regularization(AVERAGED)
+    assert fit(module, ours, saver(tmp_path)).current_epoch == len(scores) == STOP
+    assert ours.stopped == run.stopped
+    assert same(model, module.net)
+    module = Module()
+    fit(module, regularization(AVERAGED), resume=tmp_path / "epoch=2.ckpt")
+    assert same(model, module.net)
+
+
+def test_an_error_in_the_validation_leaves_what_trains_in_the_checkpoint(tmp_path: Any) -> None:
+    class Failing(Module):
+        def on_validation_epoch_end(self) -> None:
+            if self.trainer.current_epoch == 6 and not self.trainer.sanity_checking:
+                raise OSError("disk")
+
+    module = Failing()
+    saved = lightning.callbacks.OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(OSError, match="disk"):
+        fit(module, regularization(AVERAGED), saved, saver(tmp_path), folder=tmp_path)
+    assert same(plain(AVERAGED, epochs=6)[0], module.net)
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(t, saved[f"net.{name}"]) for name, t in plain(REST, epochs=7)[0].state_dict().items())
+    module = Module()
+    fit(module, regularization(AVERAGED), resume=tmp_path / "last.ckpt")
+    assert same(plain(AVERAGED)[0], module.net)
 
 
 # Several stoppings

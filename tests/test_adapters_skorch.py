@@ -32,6 +32,7 @@ from torch import nn, optim
 import goodfit as gf
 from goodfit.adapters.skorch import Regularization
 from plain import (
+    AVERAGED,
     BEST,
     COCKTAIL,
     EPOCHS,
@@ -202,6 +203,16 @@ def test_averaged_weights_get_their_statistics_from_the_training_data() -> None:
     gf.recalibrate(net.module_, [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 32, 8)])
     assert torch.equal(before[0].batchnorm.running_mean, net.module_[0].batchnorm.running_mean)
     assert torch.equal(before[2].batchnorm.running_var, net.module_[2].batchnorm.running_var)
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_is_not() -> None:
+    model, run, scores = loop(AVERAGED)
+    net = host(AVERAGED).fit(X, Y)
+    assert net.history[:, "valid_loss"] == scores
+    assert ours(net).stopped == run.stopped != ""
+    for batchnorm in (model[0].batchnorm, model[2].batchnorm):
+        batchnorm.num_batches_tracked.fill_(1)  # skorch gives all data in one batch of validation
+    assert same(model, net.module_)
 
 
 # Initialized again, cloned, searched

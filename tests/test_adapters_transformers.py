@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import goodfit as gf
-from plain import COCKTAIL, REST, SEED, STOP, XV, YV, X, Y, adam, loader, net, patience, plain, same, valid_loss
+from plain import AVERAGED, COCKTAIL, REST, SEED, STOP, XV, YV, X, Y, adam, loader, net, patience, plain, same, valid_loss
 from toys import Blur, Clip, Flood, Uphill
 
 transformers = pytest.importorskip("transformers")
@@ -253,6 +254,30 @@ def test_a_transformer_as_a_whole(tmp_path: Any) -> None:
     assert (model.bert.encoder.layer[0].intermediate.dense.weight == 0).any()
     assert model.bert.encoder.layer[0].output.dropout.p == 0.2
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+
+class Averaged(Ordered):
+    """Scores what will be kept."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        run = next(one.run for one in self.callback_handler.callbacks if isinstance(one, Regularization))
+        with run.view(loader()) if self.is_in_train else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_and_is_saved_is_not(tmp_path: Any) -> None:
+    model, run, scores = plain(AVERAGED)
+    hosted, ours = Model(), regularization(AVERAGED)
+    host = train(hosted, ours, folder=tmp_path, kind=Averaged, save_strategy="epoch")
+    assert host.state.epoch == len(scores) == STOP
+    assert ours.stopped == run.stopped
+    assert same(model, hosted.net)
+    assert host.evaluate()["eval_loss"] == pytest.approx(min(scores))
+    hosted = Model()
+    train(hosted, regularization(AVERAGED), folder=tmp_path, kind=Averaged, resume=tmp_path / "checkpoint-12")
+    assert same(model, hosted.net)
+    with pytest.raises(gf.GoodfitError, match=r"validate and call run\.epoch within: with run\.view"):
+        train(Model(), regularization(AVERAGED), folder=tmp_path)
 
 
 # Killed and resumed

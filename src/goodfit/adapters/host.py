@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -12,9 +12,18 @@ from torch.distributed.tensor import DTensor
 
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, nearest
-from goodfit.phases import Epoch, Gradient, phases_of
+from goodfit.phases import Epoch, Finish, Gradient, phases_of
 
-__all__ = ["imported", "monitored", "refuse_clipping", "refuse_deaf", "refuse_second", "refuse_sharded", "submodule"]
+__all__ = [
+    "beside_training",
+    "imported",
+    "monitored",
+    "refuse_clipping",
+    "refuse_deaf",
+    "refuse_second",
+    "refuse_sharded",
+    "submodule",
+]
 
 
 def imported(extra: str, *names: str) -> Any:
@@ -70,8 +79,16 @@ def refuse_sharded(model: nn.Module) -> None:
         raise GoodfitError(f"{name} is sharded over processes, and a regularizer needs the whole of it; train with DDP.")
 
 
-def refuse_second(cocktail: Cocktail) -> None:
+def beside_training(batches: Any) -> Any:
+    """Training data to read while the training does so too; None for a stream, and for workers that one reader resets."""
+    return None if isinstance(batches, Iterator) or getattr(batches, "persistent_workers", False) else batches
+
+
+def refuse_second(cocktail: Cocktail, first: Cocktail) -> None:
     """Beside another cocktail on the same model one may only stop: a model is built once, and after it no state changes."""
+    averager = next((one for one in first.of(Finish) if one.averages), None)
+    if averager is not None:
+        raise GoodfitError(f"{averager} averages weights, of which a second Regularization knows nothing; put both into one.")
     for one in cocktail:
         if not one.off and not set(phases_of(type(one))) <= {"Epoch", "Finish"}:
             raise GoodfitError(f"A second Regularization may only stop the training, got {one}; put it in the first cocktail.")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from goodfit.adapters.host import imported, monitored, refuse_sharded
+from goodfit.adapters.host import beside_training, imported, monitored, refuse_sharded
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Epoch, Regularizer
@@ -53,6 +54,7 @@ class Regularization:
         self.monitor = monitor
         self.trainer: Engine = _ignite.engine.Engine(lambda engine, batch: None)
         self._heard: tuple[int, Any] = (-1, None)
+        self._view = ExitStack()
         self._saved, self._resumed = -1, False
 
     @property
@@ -67,9 +69,11 @@ class Regularization:
             raise GoodfitError(f"{hears} needs the evaluator that validates, got None.")
         self.run.attach(*optimizers)
         self.trainer = trainer
-        if hears is not None and evaluator is not None:
-            evaluator.add_event_handler(_Events.COMPLETED, self._hear)
+        if evaluator is not None:
+            evaluator.add_event_handler(_Events.STARTED, self._enter)
+            evaluator.add_event_handler(_Events.COMPLETED, self._hear if hears is not None else self._leave)
         trainer.add_event_handler(_Events.STARTED, self._start)
+        trainer.add_event_handler(_Events.ITERATION_STARTED, self._leave)  # whatever ended the evaluator
         for event in (_Events.TERMINATE, _Events.COMPLETED, _Events.EXCEPTION_RAISED):
             trainer.add_event_handler(event, self._end)
         return self
@@ -82,10 +86,25 @@ class Regularization:
             trainer.terminate()
         self._resumed, self._heard = False, (-1, None)
 
+    def _enter(self, evaluator: Engine) -> None:
+        if self._training():
+            self._view.enter_context(self.run.view(beside_training(self.trainer.state.dataloader)))
+
+    def _leave(self, engine: Engine) -> None:
+        self._view.close()
+
+    def _training(self) -> bool:
+        ended = (None, _Events.COMPLETED, _Events.TERMINATE, _Events.EXCEPTION_RAISED)
+        return self.trainer.last_event_name not in ended
+
     def _hear(self, evaluator: Engine) -> None:
+        with self._view:
+            self._check(evaluator)
+
+    def _check(self, evaluator: Engine) -> None:
         """One check; data that is evaluated when no training is on, or again for the same weights, is none."""
         now, data = self.trainer.state.iteration, evaluator.state.dataloader
-        if self.trainer.last_event_name in (None, _Events.COMPLETED, _Events.TERMINATE, _Events.EXCEPTION_RAISED):
+        if not self._training():
             return
         if now == self._heard[0]:
             if data is not self._heard[1]:
@@ -112,6 +131,7 @@ class Regularization:
 
     def _end(self, trainer: Engine, *errors: BaseException) -> None:
         """Give back the best, whatever ended the training; what ended it early may have come before there was one."""
+        self._view.close()
         try:
             self.run.finish(trainer.state.dataloader)
         except GoodfitError:

@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from goodfit.adapters.host import imported, monitored, refuse_clipping, refuse_deaf, refuse_second, refuse_sharded, submodule
+from goodfit.adapters.host import (
+    beside_training,
+    imported,
+    monitored,
+    refuse_clipping,
+    refuse_deaf,
+    refuse_second,
+    refuse_sharded,
+    submodule,
+)
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.data import mapped
 from goodfit.errors import GoodfitError, GoodfitWarning
@@ -52,6 +62,7 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
         self._run: Run | None = None
         self._names: set[str] = set()
         self._place: int | None = None
+        self._view = ExitStack()
         self.heard = self.finished = self._fitting = self._attached = False
 
     @property
@@ -75,7 +86,7 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
         beside = [one for one in trainer.callbacks if isinstance(one, Regularization)]
         self._place, self._fitting = beside.index(self), stage == "fit"
         if self is not beside[0]:
-            refuse_second(self.cocktail)
+            refuse_second(self.cocktail, beside[0].cocktail)
             self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
         if self._fitting:
             self._refuse(trainer, pl_module)
@@ -148,12 +159,20 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         trainer.should_stop = trainer.should_stop or bool(self.stopped)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._view.enter_context(self.run.view(beside_training(trainer.train_dataloader)))
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        go_on = self.run.epoch(monitored(trainer.callback_metrics, self.monitor, "the Trainer"))
-        self.heard = True
-        trainer.should_stop = trainer.should_stop or not go_on
+        with self._view:  # checkpoints, which come later, hold what trains
+            if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+                return
+            go_on = self.run.epoch(monitored(trainer.callback_metrics, self.monitor, "the Trainer"))
+            self.heard = True
+            trainer.should_stop = trainer.should_stop or not go_on
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._view.close()
 
     def state_dict(self) -> dict[str, Any]:
         if self._run is None:

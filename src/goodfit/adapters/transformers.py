@@ -81,7 +81,7 @@ class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-
         beside = vars(state).setdefault("regularizations", [])  # what callbacks of one Trainer share
         beside.append(self)
         if len(beside) > 1:
-            refuse_second(self.cocktail)
+            refuse_second(self.cocktail, beside[0].cocktail)
             self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
             self._file = f"goodfit-{len(beside)}.safetensors"
         self._refuse(args)
