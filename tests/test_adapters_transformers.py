@@ -432,10 +432,10 @@ def test_sharding_and_copied_modules_are_refused(tmp_path: Any, monkeypatch: pyt
     host = trainer(Model(), folder=tmp_path)
     host.args._n_gpu = 2
     with pytest.raises(gf.GoodfitError, match=r"Dropout\(0\.3\) cannot act in nn\.DataParallel"):
-        regularization()._refuse(host.args)
+        regularization()._refuse(host.args, host.model)
     monkeypatch.setitem(host.accelerator.state.__dict__, "fsdp_plugin", FullyShardedDataParallelPlugin())
     with pytest.raises(gf.GoodfitError, match="FSDP shards the weights"):
-        regularization()._refuse(host.args)
+        regularization()._refuse(host.args, host.model)
 
 
 def test_the_decay_of_the_trainer_beside_ours_is_told(tmp_path: Any) -> None:

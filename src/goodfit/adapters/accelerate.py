@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from goodfit.adapters.host import refuse_sharded
 from goodfit.cocktail import Cocktail
-from goodfit.errors import GoodfitError
 from goodfit.phases import Regularizer
 from goodfit.run import Run
 
@@ -45,9 +44,7 @@ class Regularization(Run):
         seed: int = 0,
     ) -> None:
         kind = accelerator.distributed_type.value
-        if kind in _SHARDED:
-            raise GoodfitError(f"{kind} shards the weights, of which a regularizer needs the whole; train with DDP.")
-        refuse_sharded(model)
+        refuse_sharded(model, kind if kind in _SHARDED else None)
         super().__init__(cocktail, model, example=example, loss=loss, task=task, seed=seed)
         accelerator.register_for_checkpointing(self)
 
