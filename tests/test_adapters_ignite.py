@@ -312,6 +312,18 @@ def test_an_error_in_the_validation_puts_back_what_trains(handled: bool) -> None
         assert same(host.model, loop(AVERAGED, epochs=6)[0])
 
 
+def test_an_error_in_the_first_validation_leaves_what_trained() -> None:
+    host = Host(AVERAGED)
+
+    def fail(evaluator: Engine, batch: Any) -> None:
+        raise OSError("disk")
+
+    host.evaluator._process_function = fail
+    with pytest.raises(OSError, match="disk"):
+        host.fit()
+    assert same(host.model, loop(REST, epochs=1)[0])
+
+
 # Resuming
 
 

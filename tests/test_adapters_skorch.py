@@ -215,6 +215,16 @@ def test_what_is_scored_and_kept_is_averaged_and_what_trains_is_not() -> None:
     assert same(model, net.module_)
 
 
+def test_ctrl_c_in_the_first_validation_leaves_what_trained() -> None:
+    class Interrupted(Callback):
+        def on_batch_end(self, net: Any, training: bool = False, **kwargs: Any) -> None:
+            if not training:
+                raise KeyboardInterrupt
+
+    net = host(AVERAGED, Interrupted()).fit(X, Y)
+    assert same(net.module_, loop(REST, epochs=1)[0])
+
+
 # Initialized again, cloned, searched
 
 
@@ -399,6 +409,10 @@ def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_pa
     assert ours(again).stopped == ours(first).stopped
     assert int(ours(again).run.state_dict()["step"]) == 4 * STOP
     assert same(again.module_, first.module_)
+    loaded = host().initialize()
+    ours(loaded).prepare(loaded, X, Y)
+    loaded.load_params(checkpoint=TrainEndCheckpoint(dirname=str(tmp_path), f_goodfit="goodfit.pt").initialize().checkpoint_)
+    assert len(loaded.partial_fit(X, Y).history) == STOP
     again.partial_fit(X, Y)
     assert len(again.history) == STOP + 1
     assert len(made(patience(50)).fit(X, Y).history) > STOP + 1
