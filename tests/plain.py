@@ -11,18 +11,34 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import goodfit as gf
+from toys import Mean
 
 DRAW = torch.Generator().manual_seed(5)
-X, XV = (torch.randn(rows, 3, generator=DRAW).float() for rows in (32, 16))
-Y, YV = (torch.randn(rows, 1, generator=DRAW).float() for rows in (32, 16))
-COCKTAIL = "L2(0.01), L1(1e-3), WeightDecay(0.05), Dropout(0.3), BatchNorm(), EarlyStopping(3)"
+X, Y, XV, YV = (torch.randn(32, columns, generator=DRAW, dtype=torch.float32) for columns in (3, 1, 3, 1))
+REST = (gf.L2(0.01), gf.L1(1e-3), gf.WeightDecay(0.05), gf.Dropout(0.3), gf.BatchNorm())
 SEED = 4
+EPOCHS = 12
+BEST, STOP = 5, 8
+"""The epochs that COCKTAIL keeps, and stops at."""
+
+
+def patience(checks: int) -> gf.Cocktail:
+    """All kinds that a host serves by itself, and that much patience."""
+    return gf.Cocktail(*REST, gf.EarlyStopping(checks))
+
+
+COCKTAIL = patience(3)
+AVERAGED = gf.Cocktail(*REST, Mean(0.2), gf.EarlyStopping(3))
 
 
 def net() -> nn.Module:
     """A new model with the weights that all start from."""
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1)).float()
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def adam(parameters: Any) -> optim.Optimizer:
+    return optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
 
 
 def loader(x: Tensor = X, y: Tensor = Y, size: int = 8) -> Any:
@@ -30,46 +46,54 @@ def loader(x: Tensor = X, y: Tensor = Y, size: int = 8) -> Any:
     return DataLoader(TensorDataset(x, y), batch_size=size)
 
 
-def valid_loss(model: nn.Module) -> float:
+def validation(size: int = 16) -> Any:
+    """Two batches, unless said otherwise."""
+    return loader(XV, YV, size)
+
+
+@torch.no_grad()
+def valid_loss(model: nn.Module, size: int = 16) -> float:
     """As hosts do: the mean over the rows of all batches."""
     model.eval()
-    with torch.no_grad():
-        return float(torch.stack([F.mse_loss(model(x), y) for x, y in loader(XV, YV)]).mean())
+    return torch.stack([F.mse_loss(model(x), y) for x, y in validation(size)]).mean().item()
 
 
-def adam(parameters: Any) -> optim.Optimizer:
-    return optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
+def whole_loss(model: nn.Module) -> float:
+    """In one batch, for hosts that take the mean of several in double precision."""
+    return valid_loss(model, len(XV))
 
 
 def plain(
     cocktail: Any = COCKTAIL,
     *,
-    epochs: int = 30,
-    through_run: bool = False,
+    epochs: int = EPOCHS,
+    by_run: bool = False,
     score: Callable[[nn.Module], float] = valid_loss,
-    make: Callable[[Any], optim.Optimizer] = adam,
     every: int = 1,
+    parts: int = 1,
     size: int = 8,
-) -> tuple[nn.Module, gf.Run, int]:
-    """Train and restore: the model, its run, and how many epochs it took. `every` batches go into one step."""
+) -> tuple[nn.Module, gf.Run, list[float]]:
+    """Train and restore: the model, its run, the score of each check. Validated each `every` epochs, `parts` batches a step."""
     model = net()
     run = gf.Run(cocktail, model, example=X[:8], loss=F.mse_loss, seed=SEED)
-    optimizer = make(model.parameters())
+    optimizer = adam(model.parameters())
     run.attach(optimizer)
-    done = 0
-    while done < epochs:
-        done += 1
+    scores = []
+    for epoch in range(1, epochs + 1):
         model.train()
         for i, (x, y) in enumerate(loader(size=size)):
-            x, y = run.batch(x, y) if through_run else (x, y)
-            loss = run.loss(x, y) if through_run else F.mse_loss(model(x), y)
-            (loss / every).backward()
-            if (i + 1) % every == 0:
+            loss = run.loss(*run.batch(x, y)) if by_run else F.mse_loss(model(x), y)
+            (loss / parts).backward()
+            if (i + 1) % parts == 0:
                 optimizer.step()
                 optimizer.zero_grad()
-        if not run.epoch(score(model)):
-            break
-    return run.finish(), run, done
+        if epoch % every == 0:
+            with run.view(loader(size=size)):
+                scores.append(score(model))
+                go_on = run.epoch(scores[-1])
+            if not go_on:
+                break
+    return run.finish(loader(size=size)), run, scores
 
 
 def same(ours: nn.Module, theirs: nn.Module) -> bool:

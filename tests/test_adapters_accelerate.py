@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import goodfit as gf
 from goodfit.adapters.accelerate import Regularization
-from plain_loop import BEST, COCKTAIL, EPOCHS, STOP, X, Y, adam, assert_same, differ, net, plain_loop, training, validated
+from plain import AVERAGED, BEST, COCKTAIL, EPOCHS, REST, SEED, STOP, X, Y, adam, loader, net, patience, plain, same, valid_loss
 from together import in_two_processes
 from toys import Blur, Flood, Uphill
 
@@ -52,19 +52,21 @@ def host(
     saved: Path | None = None,
     killed_in: int | None = None,
     resumed_from: int = 0,
-    score: Any = validated,
+    score: Any = valid_loss,
 ) -> tuple[nn.Module, Regularization, list[float]]:
     """What a user writes."""
     forget()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
-    plain = net()
-    run = Regularization(cocktail, plain, accelerator, example=X[:8], loss=F.mse_loss, seed=4)
-    model, optimizer, batches = accelerator.prepare(plain, adam(plain), training())
+    bare = net()
+    run = Regularization(cocktail, bare, accelerator, example=X[:8], loss=F.mse_loss, seed=SEED)
+    model, optimizer, batches = accelerator.prepare(bare, adam(bare.parameters()), loader())
     run.attach(optimizer)
     if resumed_from:
         accelerator.load_state(str(saved / str(resumed_from)))
     scores = []
     for epoch in range(resumed_from + 1, epochs + 1):
+        if run.stopped:
+            break
         model.train()
         for i, (x, y) in enumerate(batches):
             if epoch == killed_in and i == 2:
@@ -75,40 +77,41 @@ def host(
                 optimizer.step()
                 optimizer.zero_grad()
         if epoch % every == 0:
-            scores.append(score(model))
-            go_on = run.epoch(scores[-1])
+            with run.view(batches):
+                scores.append(score(model))
+                go_on = run.epoch(scores[-1])
         else:
             go_on = True
         if saved is not None:
             accelerator.save_state(str(saved / str(epoch)))
         if not go_on:
             break
-    run.finish()
-    return plain, run, scores
+    run.finish(batches)
+    return bare, run, scores
 
 
 def test_the_weights_and_the_stop_are_those_of_the_plain_loop() -> None:
-    model, run, scores = plain_loop(COCKTAIL)
+    model, run, scores = plain()
     theirs, their_run, their_scores = host()
     assert their_scores == scores
     assert len(scores) == STOP
     assert their_run.stopped == their_run.run.stopped == run.stopped
-    assert_same(model, theirs)
-    assert validated(theirs) == scores[BEST - 1]
+    assert same(model, theirs)
+    assert valid_loss(theirs) == scores[BEST - 1]
 
 
 def test_batch_and_loss_regularizers_act_in_the_loop() -> None:
     cocktail = gf.Cocktail(Blur(0.5), Flood(0.3), *COCKTAIL)
-    model, _, scores = plain_loop(cocktail, by_run=True)
+    model, _, scores = plain(cocktail, by_run=True)
     theirs, _, their_scores = host(cocktail, by_run=True)
     assert their_scores == scores
-    assert_same(model, theirs)
-    assert differ(model, plain_loop(COCKTAIL)[0])
+    assert same(model, theirs)
+    assert not same(model, plain()[0])
 
 
 def test_a_second_gradient_is_had_by_run_loss_and_refused_by_name_without() -> None:
     cocktail = (Uphill(0.1), gf.Dropout(0.3), gf.BatchNorm())
-    assert_same(plain_loop(cocktail, epochs=2, by_run=True)[0], host(cocktail, epochs=2, by_run=True)[0])
+    assert same(plain(cocktail, epochs=2, by_run=True)[0], host(cocktail, epochs=2, by_run=True)[0])
     with pytest.raises(gf.GoodfitError, match="Uphill needs a second gradient"):
         host(cocktail, epochs=1)
     with pytest.raises(gf.GoodfitError, match=r"Blur acts in run.batch, which was not called; add: x, y = run.batch\(x, y\)"):
@@ -117,21 +120,28 @@ def test_a_second_gradient_is_had_by_run_loss_and_refused_by_name_without() -> N
 
 @pytest.mark.filterwarnings("ignore:The gradients of several batches")
 def test_accumulated_gradients_are_one_step() -> None:
-    model, run, scores = plain_loop(COCKTAIL, parts=2)
+    model, run, scores = plain(parts=2)
     theirs, their_run, their_scores = host(parts=2)
     assert their_scores == scores
     assert int(their_run.state_dict()["step"]) == int(run.state_dict()["step"]) == 2 * len(scores)
-    assert_same(model, theirs)
+    assert same(model, theirs)
 
 
 def test_validation_every_second_epoch_of_a_score_to_maximize() -> None:
-    cocktail = (*COCKTAIL[:5], gf.EarlyStopping(4, mode="max"), gf.EarlyStopping(2, mode="max"))
-    settings = {"every": 2, "score": lambda model: -validated(model)}
-    model, run, scores = plain_loop(cocktail, **settings)
+    cocktail = (*REST, gf.EarlyStopping(4, mode="max"), gf.EarlyStopping(2, mode="max"))
+    settings = {"every": 2, "score": lambda model: -valid_loss(model)}
+    model, run, scores = plain(cocktail, **settings)
     theirs, their_run, their_scores = host(cocktail, **settings)
     assert their_scores == scores
     assert their_run.stopped == run.stopped != ""
-    assert_same(model, theirs)
+    assert same(model, theirs)
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_is_not() -> None:
+    model, _, scores = plain(AVERAGED)
+    theirs, _, their_scores = host(AVERAGED)
+    assert their_scores == scores
+    assert same(model, theirs)
 
 
 @pytest.mark.parametrize("epoch", [2, 4, 6, 8])
@@ -139,19 +149,29 @@ def test_killed_and_resumed_is_as_if_it_had_run_through(epoch: int, tmp_path: Pa
     with pytest.raises(Killed):
         host(saved=tmp_path, killed_in=epoch)
     theirs, run, scores = host(saved=tmp_path, resumed_from=epoch - 1)
-    model, whole, whole_scores = plain_loop(COCKTAIL)
+    model, whole, whole_scores = plain()
     assert scores == whole_scores[epoch - 1 :]
     assert run.stopped == whole.stopped
-    assert_same(model, theirs)
+    assert same(model, theirs)
+
+
+def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Path) -> None:
+    first, run, _ = host(saved=tmp_path)
+    again, their_run, scores = host(saved=tmp_path, resumed_from=STOP)
+    assert (their_run.stopped, scores) == (run.stopped, [])
+    assert same(again, first)
+    theirs, _, scores = host(patience(5), saved=tmp_path, resumed_from=STOP)
+    assert len(scores) == 2
+    assert same(theirs, plain(patience(5))[0])
 
 
 def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         host(saved=tmp_path, killed_in=8)
-    longer = gf.Cocktail(*COCKTAIL[:5], gf.EarlyStopping(5))
+    longer = patience(5)
     theirs, _, scores = host(longer, saved=tmp_path, resumed_from=7)
     assert len(scores) + 7 == STOP + 2
-    assert_same(theirs, plain_loop(longer)[0])
+    assert same(theirs, plain(longer)[0])
 
 
 # Two processes
@@ -222,7 +242,7 @@ def test_shards_of_weights_are_refused(kind: DistributedType) -> None:
 def test_an_optimizer_made_before_the_run_is_refused() -> None:
     accelerator = Accelerator(cpu=True)
     model = net()
-    optimizer = adam(model)
+    optimizer = adam(model.parameters())
     run = Regularization("BatchNorm()", model, accelerator, example=X[:8])
     model, optimizer = accelerator.prepare(model, optimizer)
     with pytest.raises(gf.GoodfitError, match="make it after the run"):
@@ -233,7 +253,7 @@ def test_fused_unscaling_is_refused() -> None:
     accelerator = Accelerator(cpu=True)
     model = net()
     run = Regularization("L2(0.1)", model, accelerator)
-    optimizer = accelerator.prepare(adam(model))
+    optimizer = accelerator.prepare(adam(model.parameters()))
     run.attach(optimizer)
     F.mse_loss(model(X), Y).backward()
     optimizer.optimizer.grad_scale = torch.tensor(2.0)

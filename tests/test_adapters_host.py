@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import goodfit as gf
-from goodfit.adapters.host import imported, monitored, refuse_second, refuse_sharded, submodule
-from toys import Uphill
+from goodfit.adapters.host import Hosted, imported, monitored, refuse_sharded, submodule
+from toys import Mean, Uphill
 
 
 def test_a_missing_host_is_one_line_with_the_command() -> None:
@@ -63,9 +63,14 @@ def test_sharded_weights_are_refused(tmp_path: Any) -> None:
 
 
 def test_a_second_regularization_may_only_stop() -> None:
-    refuse_second(gf.parse("EarlyStopping(3), L2(0)"))
+    first, stopping = Hosted("L2(0.1)", seed=5), Hosted("EarlyStopping(3), L2(0)", monitor="valid_loss")
+    stopping._join([first, stopping])
+    assert stopping.seed == first.seed
+    more = Hosted("EarlyStopping(3), Dropout(0.1)", monitor="valid_loss")
     with pytest.raises(gf.GoodfitError, match=r"may only stop the training, got Dropout\(0\.1\)"):
-        refuse_second(gf.parse("EarlyStopping(3), Dropout(0.1)"))
+        more._join([first, more])
+    with pytest.raises(gf.GoodfitError, match=r"Mean\(0\.5\) averages weights, of which a second Regularization knows nothing"):
+        stopping._join([Hosted(Mean(0.5)), stopping])
 
 
 # What hosts do with a run, without a host

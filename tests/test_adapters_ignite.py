@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,28 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from goodfit.adapters.ignite import Regularization
-from plain_loop import (
+from plain import (
+    AVERAGED,
     BEST,
     COCKTAIL,
     EPOCHS,
+    REST,
+    SEED,
     STOP,
     X,
     adam,
-    assert_same,
-    differ,
+    loader,
     net,
-    plain_loop,
-    training,
-    validated,
+    patience,
+    plain,
+    same,
     validation,
-    with_buffers,
+    whole_loss,
 )
 from together import in_two_processes
 from toys import Blur, Clip, Flood, Mean, Uphill
+
+loop = partial(plain, score=whole_loss)
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +61,14 @@ class Host:
         self, cocktail: Any = COCKTAIL, *, every: int = 1, parts: int = 1, by_run: bool = False, hears: bool = True, **told: Any
     ) -> None:
         self.model = net()
-        self.regularization = Regularization(cocktail, self.model, example=X[:8], loss=F.mse_loss, seed=4, **told)
-        self.optimizer = adam(self.model)
+        self.regularization = Regularization(cocktail, self.model, example=X[:8], loss=F.mse_loss, seed=SEED, **told)
+        self.optimizer = adam(self.model.parameters())
         self.trainer = Engine(self.by_run if by_run else self.update)
         self.evaluator = Engine(self.validate)
         Loss(F.mse_loss).attach(self.evaluator, "loss")
         self.parts, self.scores = parts, []
         self.regularization.attach(self.trainer, self.evaluator if hears else None, self.optimizer)
-        self.trainer.add_event_handler(Events.EPOCH_COMPLETED(every=every), lambda: self.evaluator.run(validation()))
+        self.trainer.add_event_handler(Events.EPOCH_COMPLETED(every=every), lambda: self.evaluator.run(validation(32)))
         self.evaluator.add_event_handler(Events.COMPLETED, lambda e: self.scores.append(e.state.metrics["loss"]))
 
     def update(self, engine: Engine, batch: tuple[Tensor, Tensor]) -> None:
@@ -86,33 +91,33 @@ class Host:
         return self.model(batch[0]), batch[1]
 
     def fit(self, epochs: int = EPOCHS) -> Host:
-        self.trainer.run(training(), max_epochs=epochs)
+        self.trainer.run(loader(), max_epochs=epochs)
         return self
 
 
 def test_the_weights_and_the_stop_are_those_of_the_plain_loop() -> None:
-    model, run, scores = plain_loop(COCKTAIL)
+    model, run, scores = loop()
     host = Host().fit()
     assert host.trainer.state.epoch == len(scores) == STOP
     assert host.scores == scores
     assert host.regularization.stopped == run.stopped
     assert f"at check {BEST}, " in run.stopped
-    assert_same(model, host.model)
-    assert validated(host.model) == scores[BEST - 1]
+    assert same(model, host.model)
+    assert whole_loss(host.model) == scores[BEST - 1]
 
 
 def test_batch_and_loss_regularizers_act_in_the_update() -> None:
     cocktail = gf.Cocktail(Blur(0.5), Flood(0.3), *COCKTAIL)
-    model, _, scores = plain_loop(cocktail, by_run=True)
+    model, _, scores = loop(cocktail, by_run=True)
     host = Host(cocktail, by_run=True).fit()
     assert host.scores == scores
-    assert_same(model, host.model)
-    assert differ(model, plain_loop(COCKTAIL, by_run=True)[0])
+    assert same(model, host.model)
+    assert not same(model, loop(by_run=True)[0])
 
 
 def test_a_second_gradient_is_had_by_run_loss_and_refused_by_name_without() -> None:
-    model, _, _ = plain_loop((Uphill(0.1), gf.Dropout(0.3), gf.BatchNorm()), epochs=2, by_run=True)
-    assert_same(model, Host((Uphill(0.1), gf.Dropout(0.3), gf.BatchNorm()), by_run=True).fit(2).model)
+    model, _, _ = loop((Uphill(0.1), gf.Dropout(0.3), gf.BatchNorm()), epochs=2, by_run=True)
+    assert same(model, Host((Uphill(0.1), gf.Dropout(0.3), gf.BatchNorm()), by_run=True).fit(2).model)
     with pytest.raises(gf.GoodfitError, match="Uphill needs a second gradient"):
         Host(Uphill(0.1)).fit(1)
 
@@ -125,30 +130,30 @@ def test_what_the_update_does_not_call_is_refused_with_the_line_to_add(toy: Any)
 
 def test_validation_every_second_epoch_is_a_check_every_second_epoch() -> None:
     stopping = gf.EarlyStopping(2)
-    model, _, scores = plain_loop((*COCKTAIL[:5], stopping), every=2)
-    host = Host((*COCKTAIL[:5], stopping), every=2).fit()
+    model, _, scores = loop((*REST, stopping), every=2)
+    host = Host((*REST, stopping), every=2).fit()
     assert host.scores == scores
     assert host.trainer.state.epoch == 2 * len(scores) < EPOCHS
-    assert_same(model, host.model)
+    assert same(model, host.model)
 
 
 @pytest.mark.filterwarnings("ignore:The gradients of several batches")
 def test_accumulated_gradients_are_one_step() -> None:
-    model, run, scores = plain_loop(COCKTAIL, parts=2)
+    model, run, scores = loop(parts=2)
     host = Host(parts=2).fit()
     assert host.scores == scores
     assert int(host.regularization.run.state_dict()["step"]) == int(run.state_dict()["step"]) == 2 * len(scores)
-    assert_same(model, host.model)
+    assert same(model, host.model)
 
 
 def test_a_metric_to_maximize_and_two_stoppings_on_one() -> None:
     cocktail = (gf.L2(0.01), gf.EarlyStopping(5, mode="max"), gf.EarlyStopping(2, mode="max", min_delta=1e-3))
-    model, run, scores = plain_loop(cocktail, score=lambda m: -validated(m))
+    model, run, scores = loop(cocktail, score=lambda m: -whole_loss(m))
     host = Host(cocktail, monitor=lambda evaluator: -evaluator.state.metrics["loss"]).fit()
     assert host.regularization.stopped == run.stopped
     assert "2 checks" in run.stopped
     assert host.trainer.state.epoch == len(scores)
-    assert_same(model, host.model)
+    assert same(model, host.model)
 
 
 @pytest.mark.parametrize("score", [1.0, math.nan])
@@ -165,8 +170,8 @@ def test_a_missing_metric_is_named_with_the_nearest() -> None:
 def test_early_stopping_without_an_evaluator_is_refused_at_the_start() -> None:
     with pytest.raises(gf.GoodfitError, match=r"EarlyStopping\(3.*needs the evaluator that validates"):
         Host(hears=False)
-    host = Host(COCKTAIL[:5], hears=False).fit(2)
-    assert_same(host.model, plain_loop(COCKTAIL[:5], epochs=2)[0])
+    host = Host(REST, hears=False).fit(2)
+    assert same(host.model, loop(REST, epochs=2)[0])
 
 
 def test_an_evaluator_that_never_ran_is_told_of_at_the_end() -> None:
@@ -179,21 +184,21 @@ def test_an_evaluator_that_never_ran_is_told_of_at_the_end() -> None:
 
 def test_evaluations_of_the_same_weights_count_once_and_those_outside_never() -> None:
     host = Host()
-    host.evaluator.run(validation())
-    data = validation()
+    host.evaluator.run(validation(32))
+    data = validation(32)
     host.trainer.add_event_handler(Events.ITERATION_COMPLETED(every=4), lambda: host.evaluator.run(data))
     for event in (Events.EPOCH_COMPLETED, Events.COMPLETED):
         host.trainer.add_event_handler(event, lambda: host.evaluator.run(data))
     host.trainer._event_handlers[Events.EPOCH_COMPLETED].pop(0)
     host.fit()
-    host.evaluator.run(training())
+    host.evaluator.run(loader())
     assert int(host.regularization.run.states(gf.EarlyStopping)[0][1]["checks"]) == STOP
-    assert_same(host.model, plain_loop(COCKTAIL)[0])
+    assert same(host.model, loop()[0])
 
 
 def test_two_sets_of_data_in_one_evaluator_are_refused() -> None:
     host = Host()
-    host.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: host.evaluator.run(training()))
+    host.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: host.evaluator.run(loader()))
     with pytest.raises(gf.GoodfitError, match="ran on two sets of data at iteration 4, and one score decides"):
         host.fit()
 
@@ -204,8 +209,8 @@ def test_two_sets_of_data_in_one_evaluator_are_refused() -> None:
 def test_the_best_comes_back_at_the_last_epoch() -> None:
     host = Host().fit(7)
     assert host.regularization.stopped == ""
-    assert_same(host.model, plain_loop(COCKTAIL, epochs=7)[0])
-    assert validated(host.model) == host.scores[BEST - 1]
+    assert same(host.model, loop(epochs=7)[0])
+    assert whole_loss(host.model) == host.scores[BEST - 1]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -219,7 +224,7 @@ def test_the_best_comes_back_after_an_error_which_goes_on(error: type[BaseExcept
     with pytest.raises(error, match="in epoch 7"):
         host.fit()
     assert len(host.scores) == 6
-    assert validated(host.model) == host.scores[BEST - 1]
+    assert whole_loss(host.model) == host.scores[BEST - 1]
 
 
 def test_an_error_before_the_first_score_is_the_one_that_is_seen() -> None:
@@ -250,7 +255,7 @@ def test_the_best_comes_back_where_the_user_terminates(skip: bool) -> None:
     host = Host()
     host.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=26), lambda: host.trainer.terminate(skip_completed=skip))
     host.fit()
-    assert validated(host.model) == host.scores[BEST - 1]
+    assert whole_loss(host.model) == host.scores[BEST - 1]
     early = Host()
     early.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: early.trainer.terminate(skip_completed=skip))
     early.fit()
@@ -261,10 +266,62 @@ def test_averaged_weights_get_their_statistics_from_the_training_data() -> None:
     host = Host((Mean(0.5), gf.BatchNorm()), hears=False).fit(2)
     means = host.regularization.run.states(Mean)[0][1]
     assert torch.equal(host.model[0].weight.data, means["0.weight"])
-    plain = gf.Run(gf.BatchNorm(), net(), example=X[:8]).model
-    plain.load_state_dict(with_buffers(host.model))
-    gf.recalibrate(plain, training())
-    assert_same(plain, host.model)
+    alike = gf.Run(gf.BatchNorm(), net(), example=X[:8]).model
+    alike.load_state_dict(host.model.state_dict())
+    gf.recalibrate(alike, loader())
+    assert same(alike, host.model)
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_and_is_saved_is_not(tmp_path: Path) -> None:
+    model, run, scores = loop(AVERAGED)
+    host = Host(AVERAGED)
+    saving(host, tmp_path)
+    host.fit()
+    assert host.scores == scores
+    assert host.regularization.stopped == run.stopped != ""
+    assert same(model, host.model)
+    assert same(model, resumed(tmp_path, 12, AVERAGED).fit().model)
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_an_error_in_the_validation_puts_back_what_trains(handled: bool) -> None:
+    host = Host(AVERAGED)
+    validate, failed = host.evaluator._process_function, []
+
+    def fail(*batch: Any) -> Any:
+        if host.trainer.state.epoch == 7 and not failed:
+            failed.append(True)
+            raise OSError("disk")
+        return validate(*batch)
+
+    def look() -> None:
+        try:
+            host.evaluator.run(validation(32))
+        except OSError:
+            host.evaluator.run(validation(32))
+
+    host.evaluator._process_function = fail
+    if handled:
+        host.trainer._event_handlers[Events.EPOCH_COMPLETED].pop(0)
+        host.trainer.add_event_handler(Events.EPOCH_COMPLETED, look)
+        host.fit()
+        assert same(host.model, loop(AVERAGED)[0])
+    else:
+        with pytest.raises(OSError, match="disk"):
+            host.fit()
+        assert same(host.model, loop(AVERAGED, epochs=6)[0])
+
+
+def test_an_error_in_the_first_validation_leaves_what_trained() -> None:
+    host = Host(AVERAGED)
+
+    def fail(evaluator: Engine, batch: Any) -> None:
+        raise OSError("disk")
+
+    host.evaluator._process_function = fail
+    with pytest.raises(OSError, match="disk"):
+        host.fit()
+    assert same(host.model, loop(REST, epochs=1)[0])
 
 
 # Resuming
@@ -299,20 +356,33 @@ def test_killed_and_resumed_is_as_if_it_had_run_through(epoch: int, tmp_path: Pa
     assert second.trainer.state.epoch == first.trainer.state.epoch == STOP
     assert second.scores == first.scores[epoch:]
     assert second.regularization.stopped == first.regularization.stopped
-    assert_same(first.model, second.model)
+    assert same(first.model, second.model)
 
 
 def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:
     first = Host()
     saving(first, tmp_path)
     first.fit()
-    longer = (*COCKTAIL[:5], gf.EarlyStopping(5))
+    longer = patience(5)
     second = resumed(tmp_path, 28, longer).fit()
     whole = Host(longer).fit()
     assert second.trainer.state.epoch == whole.trainer.state.epoch == STOP + 2
-    assert_same(second.model, whole.model)
-    shorter = resumed(tmp_path, 24, (*COCKTAIL[:5], gf.EarlyStopping(2))).fit()
+    assert same(second.model, whole.model)
+    shorter = resumed(tmp_path, 24, patience(2)).fit()
     assert shorter.trainer.state.epoch == STOP - 1
+
+
+def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Path) -> None:
+    first = Host()
+    saving(first, tmp_path)
+    first.fit()
+    again = resumed(tmp_path, 4 * STOP).fit()
+    assert (again.trainer.state.iteration, again.scores) == (4 * STOP, [])
+    assert again.regularization.stopped == first.regularization.stopped
+    assert same(again.model, first.model)
+    longer = resumed(tmp_path, 4 * STOP, patience(5)).fit()
+    assert longer.trainer.state.epoch == STOP + 2
+    assert same(longer.model, loop(patience(5))[0])
 
 
 def test_a_stopped_training_that_is_run_again_is_asked_anew() -> None:
@@ -375,7 +445,7 @@ def test_a_scaler_that_unscales_before_the_step_changes_nothing() -> None:
 
     host.trainer._process_function = update
     host.fit(2)
-    assert_same(host.model, plain_loop((gf.L2(0.01), Clip(0.1)), epochs=2)[0])
+    assert same(host.model, loop((gf.L2(0.01), Clip(0.1)), epochs=2)[0])
 
 
 @pytest.fixture

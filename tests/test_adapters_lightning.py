@@ -15,7 +15,23 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 import goodfit as gf
-from plain import COCKTAIL, SEED, XV, YV, X, adam, loader, net, plain, same, valid_loss
+from plain import (
+    AVERAGED,
+    BEST,
+    COCKTAIL,
+    REST,
+    SEED,
+    STOP,
+    X,
+    adam,
+    loader,
+    net,
+    patience,
+    plain,
+    same,
+    valid_loss,
+    validation,
+)
 from toys import Blur, Clip, Flood, Uphill
 
 lightning = pytest.importorskip("pytorch_lightning")
@@ -83,7 +99,7 @@ def trainer(*callbacks: Any, folder: Any = ".", epochs: int = 30, **settings: An
 
 def fit(module: Any, *callbacks: Any, resume: Any = None, **settings: Any) -> Any:
     host = trainer(*callbacks, **settings)
-    host.fit(module, loader(), loader(XV, YV), ckpt_path=resume, **({"weights_only": False} if resume else {}))
+    host.fit(module, loader(), validation(), ckpt_path=resume, **({"weights_only": False} if resume else {}))
     return host
 
 
@@ -91,47 +107,47 @@ def fit(module: Any, *callbacks: Any, resume: Any = None, **settings: Any) -> An
 
 
 def test_weights_and_stop_epoch_are_those_of_the_plain_loop() -> None:
-    model, run, epochs = plain()
+    model, run, scores = plain()
     module, ours = Module(), regularization()
     host = fit(module, ours)
-    assert 3 < host.current_epoch == epochs < 30
+    assert host.current_epoch == len(scores) == STOP
     assert same(model, module.net)
     assert ours.stopped == run.stopped != ""
 
 
 def test_without_a_stop_the_best_comes_back_too() -> None:
-    model, _, epochs = plain(epochs=5)
+    model, _, scores = plain(epochs=5)
     module, ours = Module(), regularization()
-    assert fit(module, ours, epochs=5).current_epoch == epochs == 5
+    assert fit(module, ours, epochs=5).current_epoch == len(scores) == 5
     assert ours.stopped == ""
     assert same(model, module.net)
     assert valid_loss(model) == min(plain(epochs=n)[1].states(gf.EarlyStopping)[0][1]["best"].item() for n in (1, 2, 3, 4, 5))
 
 
 def test_a_metric_to_maximize() -> None:
-    cocktail = COCKTAIL.replace("Stopping(3)", "Stopping(3, mode='max')")
-    model, run, epochs = plain(cocktail, score=lambda model: -valid_loss(model))
+    cocktail = [*REST, gf.EarlyStopping(3, mode="max")]
+    model, run, scores = plain(cocktail, score=lambda model: -valid_loss(model))
     module, ours = Module(), regularization(cocktail, monitor="accuracy")
-    assert fit(module, ours).current_epoch == epochs == plain()[2]
+    assert fit(module, ours).current_epoch == len(scores) == STOP
     assert same(model, module.net)
     assert ours.stopped == run.stopped
 
 
 def test_what_acts_on_batch_and_loss_acts_in_the_step_of_the_module() -> None:
-    cocktail = [*gf.parse(COCKTAIL), Blur(0.3), Flood(0.05)]
-    model, _, epochs = plain(cocktail, through_run=True)
+    cocktail = [*COCKTAIL, Blur(0.3), Flood(0.05)]
+    model, _, scores = plain(cocktail, by_run=True)
     ours = regularization(cocktail)
     module = InRun(ours)
-    assert fit(module, ours).current_epoch == epochs
+    assert fit(module, ours).current_epoch == len(scores)
     assert same(model, module.net)
     assert not same(model, plain()[0])
 
 
 @pytest.mark.filterwarnings("ignore:The gradients of several batches:goodfit.GoodfitWarning")
 def test_gradient_accumulation() -> None:
-    model, _, epochs = plain(every=2)
+    model, _, scores = plain(parts=2)
     module = Module()
-    assert fit(module, regularization(), accumulate_grad_batches=2).current_epoch == epochs
+    assert fit(module, regularization(), accumulate_grad_batches=2).current_epoch == len(scores)
     assert same(model, module.net)
 
 
@@ -254,11 +270,11 @@ def test_double_precision_keeps_the_best_in_double_precision(tmp_path: Any) -> N
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_module() -> None:
-    model, _, epochs = plain()
+    model, _, scores = plain()
     module, ours = Module(), regularization()
     host = trainer(ours)
-    host.fit(torch.compile(module, backend="eager"), loader(), loader(XV, YV))
-    assert host.current_epoch == epochs
+    host.fit(torch.compile(module, backend="eager"), loader(), validation())
+    assert host.current_epoch == len(scores)
     assert same(model, module.net)
 
 
@@ -268,7 +284,7 @@ def test_two_processes_are_one_with_batches_twice_as_large(tmp_path: Any) -> Non
     file = tmp_path / "weights.pt"
     code = f"""
 import torch, test_adapters_lightning as t
-from plain import Y
+from plain import XV, YV, X, Y
 
 class Share(torch.utils.data.Sampler):
     def __init__(self, rows): self.rows = rows
@@ -280,15 +296,15 @@ def loader(x, y):
 
 module, ours = t.Module(), t.regularization("L2(0.01), L1(1e-3), EarlyStopping(3)")
 host = t.trainer(ours, devices=2, strategy="ddp_fork", epochs=40, use_distributed_sampler=False)
-host.fit(module, loader(t.X, Y), loader(t.XV, t.YV))
+host.fit(module, loader(X, Y), loader(XV, YV))
 torch.save(module.net.state_dict(), {str(file)!r})
 """
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    model, run, epochs = plain("L2(0.01), L1(1e-3), EarlyStopping(3)", epochs=40, size=16)
+    model, run, scores = plain("L2(0.01), L1(1e-3), EarlyStopping(3)", epochs=40, size=16)
     assert run.stopped
-    assert epochs < 40
+    assert len(scores) < 40
     theirs = torch.load(file, weights_only=True)
     assert all(torch.allclose(t, theirs[name], rtol=0, atol=1e-6) for name, t in model.state_dict().items())
 
@@ -325,33 +341,34 @@ def killed(tmp_path_factory: Any) -> Path:
 
 
 def test_killed_and_resumed_it_stops_at_the_same_epoch_with_the_same_weights(killed: Path) -> None:
-    model, run, epochs = plain()
+    model, run, scores = plain()
     module, ours = Module(), regularization()
-    assert fit(module, ours, resume=killed / "last.ckpt").current_epoch == epochs
+    assert fit(module, ours, resume=killed / "last.ckpt").current_epoch == len(scores)
     assert same(model, module.net)
     assert ours.stopped == run.stopped
     assert all(torch.equal(t, ours.run.state_dict()[name]) for name, t in run.state_dict().items() if name != "seconds")
 
 
 def test_a_new_patience_wins_over_the_one_that_was_saved(killed: Path) -> None:
-    patient = COCKTAIL.replace("Stopping(3)", "Stopping(6)")
-    model, run, epochs = plain(patient)
+    patient = patience(6)
+    model, run, scores = plain(patient)
     module, ours = Module(), regularization(patient)
-    assert fit(module, ours, resume=killed / "last.ckpt").current_epoch == epochs > plain()[2]
+    assert fit(module, ours, resume=killed / "last.ckpt").current_epoch == len(scores) > STOP
     assert same(model, module.net)
     assert ours.stopped == run.stopped
 
 
 def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Any) -> None:
     first = regularization()
-    epochs = fit(Module(), first, saver(tmp_path)).current_epoch
+    assert fit(Module(), first, saver(tmp_path)).current_epoch == STOP
     module, again = Module(), regularization()
-    assert fit(module, again, resume=tmp_path / "last.ckpt").current_epoch == epochs
+    host = fit(module, again, resume=tmp_path / "last.ckpt")
+    assert (host.current_epoch, host.global_step) == (STOP, 4 * STOP)
     assert again.stopped == first.stopped
     assert same(plain()[0], module.net)
-    patient = COCKTAIL.replace("Stopping(3)", "Stopping(6)")
+    patient = patience(6)
     module, more = Module(), regularization(patient)
-    assert fit(module, more, resume=tmp_path / "last.ckpt").current_epoch == plain(patient)[2] > epochs
+    assert fit(module, more, resume=tmp_path / "last.ckpt").current_epoch == STOP + 3
     assert same(plain(patient)[0], module.net)
 
 
@@ -368,18 +385,18 @@ class Accident(lightning.Callback):
     ("error", "raised"), [(KeyboardInterrupt(), SystemExit), (OSError("disk"), OSError)], ids=["Ctrl-C", "error"]
 )
 def test_after_an_accident_the_best_is_back_and_the_checkpoint_of_it_goes_on(error: Any, raised: Any, tmp_path: Any) -> None:
-    """Behind the fourth check, where the third was the best: the checkpoint holds the last weights, and not those."""
+    """Behind the seventh check, where the fifth was the best: the checkpoint holds the last weights, and not those."""
     module, before = Module(), signal.getsignal(signal.SIGINT)
     saved = lightning.callbacks.OnExceptionCheckpoint(tmp_path)
     with pytest.raises(raised):
-        fit(module, regularization(), saved, Accident(4, error), folder=tmp_path)
+        fit(module, regularization(), saved, Accident(7, error), folder=tmp_path)
     signal.signal(signal.SIGINT, before)  # Lightning lets nobody interrupt it twice
-    assert same(plain(epochs=4)[0], module.net)
-    assert plain(epochs=4)[1].states(gf.EarlyStopping)[0][1]["best_check"] == 3
+    assert same(plain(epochs=7)[0], module.net)
+    assert plain(epochs=7)[1].states(gf.EarlyStopping)[0][1]["best_check"] == BEST
     module = Module()
     again = regularization()
     host = fit(module, again, resume=tmp_path / "on_exception.ckpt")
-    assert (again.stopped, host.global_step) == (plain()[1].stopped, plain()[2] * 4)
+    assert (again.stopped, host.global_step) == (plain()[1].stopped, STOP * 4)
     assert same(plain()[0], module.net)
 
 
@@ -404,8 +421,40 @@ def test_a_checkpoint_is_validated_in_another_process_without_a_fit(tmp_path: An
     host.save_checkpoint(tmp_path / "end.ckpt")
     module = Module()
     other = trainer(regularization())
-    scores = other.validate(module, loader(XV, YV), ckpt_path=tmp_path / "end.ckpt", weights_only=False, verbose=False)
+    scores = other.validate(module, validation(), ckpt_path=tmp_path / "end.ckpt", weights_only=False, verbose=False)
     assert scores[0]["valid_loss"] == pytest.approx(valid_loss(plain(epochs=2)[0]))
+
+
+# Averaged weights
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_and_is_saved_is_not(tmp_path: Any) -> None:
+    model, run, scores = plain(AVERAGED)
+    module, ours = Module(), regularization(AVERAGED)
+    assert fit(module, ours, saver(tmp_path)).current_epoch == len(scores) == STOP
+    assert ours.stopped == run.stopped
+    assert same(model, module.net)
+    module = Module()
+    fit(module, regularization(AVERAGED), resume=tmp_path / "epoch=2.ckpt")
+    assert same(model, module.net)
+
+
+def test_an_error_in_the_validation_leaves_what_trains_in_the_checkpoint(tmp_path: Any) -> None:
+    class Failing(Module):
+        def on_validation_epoch_end(self) -> None:
+            if self.trainer.current_epoch == 6 and not self.trainer.sanity_checking:
+                raise OSError("disk")
+
+    module = Failing()
+    saved = lightning.callbacks.OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(OSError, match="disk"):
+        fit(module, regularization(AVERAGED), saved, saver(tmp_path), folder=tmp_path)
+    assert same(plain(AVERAGED, epochs=6)[0], module.net)
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(t, saved[f"net.{name}"]) for name, t in plain(REST, epochs=7)[0].state_dict().items())
+    module = Module()
+    fit(module, regularization(AVERAGED), resume=tmp_path / "last.ckpt")
+    assert same(plain(AVERAGED)[0], module.net)
 
 
 # Several stoppings
@@ -414,9 +463,9 @@ def test_a_checkpoint_is_validated_in_another_process_without_a_fit(tmp_path: An
 def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
     """In one cocktail or in two callbacks: the one with less patience decides, and each has its own state."""
     one, two = Module(), Module()
-    patient = COCKTAIL.replace("EarlyStopping(3)", "EarlyStopping(9)")
-    expected = plain()[2]
-    assert fit(one, regularization(f"{patient}, EarlyStopping(3)")).current_epoch == expected
+    patient = patience(9)
+    expected = STOP
+    assert fit(one, regularization([*patient, gf.EarlyStopping(3)])).current_epoch == expected
     callbacks = regularization(patient), regularization("EarlyStopping(3)", seed=9)
     host = fit(two, *callbacks, saver(tmp_path))
     assert host.current_epoch == expected
@@ -437,9 +486,9 @@ def test_the_tuner_finds_a_rate_without_regularizers_and_leaves_no_trace(tmp_pat
     module.lr = 0.02
     host = trainer(ours, folder=tmp_path)
     tuner = lightning.tuner.Tuner(host)
-    tuner.lr_find(module, loader(), loader(XV, YV), num_training=8, update_attr=False)
-    host.fit(module, loader(), loader(XV, YV))
-    assert host.current_epoch == plain()[2]
+    tuner.lr_find(module, loader(), validation(), num_training=8, update_attr=False)
+    host.fit(module, loader(), validation())
+    assert host.current_epoch == STOP
     assert same(plain()[0], module.net)
 
 
@@ -447,7 +496,7 @@ def test_one_callback_serves_one_fit() -> None:
     ours = regularization()
     host = fit(Module(), ours, epochs=1)
     with pytest.raises(gf.GoodfitError, match=r"serves one trainer\.fit, and this one has"):
-        host.fit(Module(), loader(), loader(XV, YV))
+        host.fit(Module(), loader(), validation())
 
 
 def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:

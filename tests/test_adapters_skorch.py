@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,42 @@ import torch
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from skorch import NeuralNetRegressor
-from skorch.callbacks import Callback, Checkpoint, EpochScoring, GradientNormClipping, LoadInitState, LRScheduler
+from skorch.callbacks import (
+    Callback,
+    Checkpoint,
+    EpochScoring,
+    GradientNormClipping,
+    LoadInitState,
+    LRScheduler,
+    TrainEndCheckpoint,
+)
 from skorch.dataset import Dataset, unpack_data
 from skorch.helper import predefined_split
 from torch import nn, optim
 
 import goodfit as gf
 from goodfit.adapters.skorch import Regularization
-from plain_loop import (
+from plain import (
+    AVERAGED,
     BEST,
     COCKTAIL,
     EPOCHS,
+    REST,
+    SEED,
     STOP,
-    VALID_X,
-    VALID_Y,
+    XV,
+    YV,
     X,
     Y,
-    assert_same,
-    differ,
     net,
-    plain_loop,
-    validated,
+    patience,
+    plain,
+    same,
+    whole_loss,
 )
 from toys import Blur, Clip, Flood, Mean, Uphill
+
+loop = partial(plain, score=whole_loss)
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +94,9 @@ def host(cocktail: Any = COCKTAIL, *more: Any, kind: type[NeuralNetRegressor] = 
         "batch_size": 8,
         "iterator_valid__batch_size": 32,
         "max_epochs": EPOCHS,
-        "train_split": predefined_split(Dataset(VALID_X, VALID_Y)),
+        "train_split": predefined_split(Dataset(XV, YV)),
         "verbose": 0,
-        "callbacks": [Regularization(cocktail, seed=4, **regularizing), *more],
+        "callbacks": [Regularization(cocktail, seed=SEED, **regularizing), *more],
     }
     return kind(**{**settings, **told})
 
@@ -92,22 +106,22 @@ def ours(net: Any) -> Regularization:
 
 
 def test_the_weights_and_the_stop_are_those_of_the_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
-    model, run, scores = plain_loop(COCKTAIL)
+    model, run, scores = loop()
     net = host(verbose=1).fit(X, Y)
     assert net.history[:, "valid_loss"] == scores
     assert len(scores) == STOP
     assert ours(net).stopped == run.stopped
     assert f"Stopping: {run.stopped}" in capsys.readouterr().out
-    assert_same(model, net.module_)
+    assert same(model, net.module_)
 
 
 def test_batch_and_loss_regularizers_act_in_the_step() -> None:
     cocktail = gf.Cocktail(Blur(0.5), Flood(0.3), *COCKTAIL)
-    model, _, scores = plain_loop(cocktail, by_run=True)
+    model, _, scores = loop(cocktail, by_run=True)
     net = host(cocktail, kind=ByRun).fit(X, Y)
     assert net.history[:, "valid_loss"] == scores
-    assert_same(model, net.module_)
-    assert differ(model, plain_loop(COCKTAIL)[0])
+    assert same(model, net.module_)
+    assert not same(model, loop()[0])
 
 
 @pytest.mark.parametrize("toy", [Blur(0.1), Flood(0.1)])
@@ -119,20 +133,20 @@ def test_what_the_step_does_not_call_is_refused_with_the_line_to_add(toy: Any) -
 @pytest.mark.parametrize("kind", [NeuralNetRegressor, ByRun])
 def test_a_second_gradient_is_had_from_the_closure(kind: Any) -> None:
     cocktail = (Uphill(0.1), gf.L2(0.01), gf.Dropout(0.3), gf.BatchNorm())
-    model, _, _ = plain_loop(cocktail, epochs=2, by_run=True)
+    model, _, _ = loop(cocktail, epochs=2, by_run=True)
     net = host(cocktail, kind=kind).fit(X, Y, epochs=2)
-    assert_same(model, net.module_)
-    assert differ(model, plain_loop(cocktail[1:], epochs=2)[0])
+    assert same(model, net.module_)
+    assert not same(model, loop(cocktail[1:], epochs=2)[0])
 
 
 def test_a_column_to_maximize_and_two_stoppings_on_one() -> None:
     cocktail = (gf.L2(0.01), gf.EarlyStopping(5, mode="max"), gf.EarlyStopping(2, mode="max", min_delta=1e-3))
-    model, run, scores = plain_loop(cocktail, score=lambda m: -validated(m))
+    model, run, scores = loop(cocktail, score=lambda m: -whole_loss(m))
     scoring = EpochScoring(lambda net, X, y: -net.history[-1, "valid_loss"], name="goodness", lower_is_better=False)
-    net = host(cocktail, callbacks=[scoring, Regularization(cocktail, monitor="goodness", seed=4)]).fit(X, Y)
+    net = host(cocktail, callbacks=[scoring, Regularization(cocktail, monitor="goodness", seed=SEED)]).fit(X, Y)
     assert ours(net).stopped == run.stopped
     assert net.history[:, "goodness"] == scores
-    assert_same(model, net.module_)
+    assert same(model, net.module_)
 
 
 def test_a_score_that_never_moves_stops() -> None:
@@ -150,8 +164,8 @@ def test_a_missing_column_is_named_with_the_nearest() -> None:
 def test_no_validation_is_refused_at_the_start_where_it_is_needed() -> None:
     with pytest.raises(gf.GoodfitError, match=r"EarlyStopping\(3.* needs a validation.*train_split=ValidSplit\(5\)"):
         host(train_split=None).fit(X, Y)
-    bare = host(COCKTAIL[:5], train_split=None, max_epochs=2).fit(X, Y)
-    assert_same(bare.module_, plain_loop(COCKTAIL[:5], epochs=2)[0])
+    bare = host(REST, train_split=None, max_epochs=2).fit(X, Y)
+    assert same(bare.module_, loop(REST, epochs=2)[0])
     by_training = host(train_split=None, monitor="train_loss").fit(X, Y)
     assert int(ours(by_training).run.states(gf.EarlyStopping)[0][1]["checks"]) == len(by_training.history)
 
@@ -162,14 +176,14 @@ def test_no_validation_is_refused_at_the_start_where_it_is_needed() -> None:
 def test_the_best_comes_back_at_the_last_epoch() -> None:
     net = host(max_epochs=7).fit(X, Y)
     assert ours(net).stopped == ""
-    assert_same(net.module_, plain_loop(COCKTAIL, epochs=7)[0])
-    assert validated(net.module_) == min(net.history[:, "valid_loss"]) == net.history[BEST - 1, "valid_loss"]
+    assert same(net.module_, loop(epochs=7)[0])
+    assert whole_loss(net.module_) == min(net.history[:, "valid_loss"]) == net.history[BEST - 1, "valid_loss"]
 
 
 def test_the_best_comes_back_after_ctrl_c() -> None:
     net = host(COCKTAIL, Interrupt(7)).fit(X, Y)
     assert len(net.history) == 7
-    assert validated(net.module_) == net.history[BEST - 1, "valid_loss"]
+    assert whole_loss(net.module_) == net.history[BEST - 1, "valid_loss"]
     early = host(COCKTAIL, Interrupt(1)).fit(X, Y)
     assert len(early.history) == 1
 
@@ -179,7 +193,7 @@ def test_after_an_error_the_best_is_one_call_away() -> None:
     with pytest.raises(RuntimeError):
         net.fit(X, Y)
     net.goodfit_.run.finish()
-    assert validated(net.module_) == net.history[BEST - 1, "valid_loss"]
+    assert whole_loss(net.module_) == net.history[BEST - 1, "valid_loss"]
 
 
 def test_averaged_weights_get_their_statistics_from_the_training_data() -> None:
@@ -191,6 +205,26 @@ def test_averaged_weights_get_their_statistics_from_the_training_data() -> None:
     assert torch.equal(before[2].batchnorm.running_var, net.module_[2].batchnorm.running_var)
 
 
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_is_not() -> None:
+    model, run, scores = loop(AVERAGED)
+    net = host(AVERAGED).fit(X, Y)
+    assert net.history[:, "valid_loss"] == scores
+    assert ours(net).stopped == run.stopped != ""
+    for batchnorm in (model[0].batchnorm, model[2].batchnorm):
+        batchnorm.num_batches_tracked.fill_(1)  # skorch gives all data in one batch of validation
+    assert same(model, net.module_)
+
+
+def test_ctrl_c_in_the_first_validation_leaves_what_trained() -> None:
+    class Interrupted(Callback):
+        def on_batch_end(self, net: Any, training: bool = False, **kwargs: Any) -> None:
+            if not training:
+                raise KeyboardInterrupt
+
+    net = host(AVERAGED, Interrupted()).fit(X, Y)
+    assert same(net.module_, loop(REST, epochs=1)[0])
+
+
 # Initialized again, cloned, searched
 
 
@@ -199,11 +233,11 @@ def test_fit_again_starts_again() -> None:
     first = copy.deepcopy(net.module_)
     net.fit(X, Y)
     assert len(net.history) == STOP
-    assert_same(first, net.module_)
+    assert same(first, net.module_)
 
 
 def test_a_module_that_is_an_instance_is_built_once_and_trained_on() -> None:
-    net = host(module=plain_loop((), epochs=0)[0]).fit(X, Y)
+    net = host(module=loop((), epochs=0)[0]).fit(X, Y)
     layers = [name for name, _ in net.module_.named_modules()]
     assert len(net.history) == STOP
     net.fit(X, Y)
@@ -215,13 +249,13 @@ def test_other_modules_and_numbers_by_set_params() -> None:
     net = host("L2(0.1), EarlyStopping(3)").fit(X, Y)
     net.set_params(callbacks__Regularization__cocktail=COCKTAIL)
     net.fit(X, Y)
-    assert_same(net.module_, plain_loop(COCKTAIL)[0])
+    assert same(net.module_, loop()[0])
     other = host().initialize().set_params(module=lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
     assert next(m for m in other.fit(X, Y).module_.modules() if isinstance(m, nn.BatchNorm1d)).num_features == 2
 
 
 def test_a_rate_set_before_the_first_step_stays() -> None:
-    net = host(COCKTAIL[:5], max_epochs=2).initialize()
+    net = host(REST, max_epochs=2).initialize()
     net.set_params(lr=0.005, optimizer__betas=(0.5, 0.9))
     net.partial_fit(X, Y)
     (group,) = net.optimizer_.param_groups
@@ -232,7 +266,7 @@ def test_a_rate_set_before_the_first_step_stays() -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_schedule_reaches_inserted_layers_wherever_it_stands(ahead: bool) -> None:
     schedule = LRScheduler(policy="StepLR", step_size=1, gamma=0.5)
-    regularization = Regularization(COCKTAIL[:5], seed=4)
+    regularization = Regularization(REST, seed=SEED)
     callbacks = [schedule, regularization] if ahead else [regularization, schedule]
     net = host(callbacks=callbacks, max_epochs=2).fit(X, Y)
     assert [group["lr"] for group in net.optimizer_.param_groups] == [0.005]
@@ -240,7 +274,7 @@ def test_a_schedule_reaches_inserted_layers_wherever_it_stands(ahead: bool) -> N
 
 def test_groups_of_parameters_may_name_inserted_layers() -> None:
     groups = [("*batchnorm*", {"lr": 0.5}), ("0.weight", {"lr": 0.1})]
-    net = host(COCKTAIL[:5], max_epochs=1, optimizer__param_groups=groups).fit(X, Y)
+    net = host(REST, max_epochs=1, optimizer__param_groups=groups).fit(X, Y)
     assert [(group["lr"], len(group["params"])) for group in net.optimizer_.param_groups] == [(0.5, 4), (0.1, 1), (0.02, 5)]
 
 
@@ -291,7 +325,7 @@ def test_a_training_goes_on_from_the_weights_that_were_kept(split: int, how: str
     assert int(state["checks"]) == len(net.history) == split + 1
     assert int(ours(net).run.state_dict()["step"]) == 4 * (split + 1)
     if split < BEST:
-        assert_same(net.module_, plain_loop(COCKTAIL, epochs=split + 1)[0])
+        assert same(net.module_, loop(epochs=split + 1)[0])
 
 
 def test_a_stopped_training_that_goes_on_is_asked_anew_with_the_new_patience() -> None:
@@ -299,7 +333,7 @@ def test_a_stopped_training_that_goes_on_is_asked_anew_with_the_new_patience() -
     assert len(net.history) == STOP
     net.partial_fit(X, Y)
     assert len(net.history) == STOP + 1
-    net.set_params(callbacks__Regularization__cocktail=gf.Cocktail(*COCKTAIL[:5], gf.EarlyStopping(50)))
+    net.set_params(callbacks__Regularization__cocktail=patience(50))
     penalized = ours(net).run
     net.partial_fit(X, Y, epochs=3)
     assert len(net.history) == STOP + 4
@@ -320,7 +354,7 @@ def test_an_optimizer_that_was_made_anew_is_regularized() -> None:
     a.set_params(criterion__reduction="mean")
     assert a.optimizer_ is not b.optimizer_
     b.optimizer_.state.clear()
-    assert_same(a.partial_fit(X, Y).module_, b.partial_fit(X, Y).module_)
+    assert same(a.partial_fit(X, Y).module_, b.partial_fit(X, Y).module_)
     assert int(ours(a).run.state_dict()["step"]) == 8
 
 
@@ -333,8 +367,8 @@ def test_a_copied_net_goes_on_as_the_first_does(copied: Any) -> None:
     second.partial_fit(X, Y, epochs=EPOCHS)
     assert first.history[:, "valid_loss"] == second.history[:, "valid_loss"]
     assert len(first.history) == STOP
-    assert_same(first.module_, second.module_)
-    assert_same(first.module_, plain_loop(COCKTAIL)[0])
+    assert same(first.module_, second.module_)
+    assert same(first.module_, loop()[0])
 
 
 def resumable(folder: Path, *between: Any, cocktail: Any = COCKTAIL) -> Any:
@@ -347,19 +381,41 @@ def test_killed_and_resumed_is_as_if_it_had_run_through(epoch: int, tmp_path: Pa
     with pytest.raises(RuntimeError):
         resumable(tmp_path, Interrupt(epoch, RuntimeError)).fit(X, Y)
     net = resumable(tmp_path).fit(X, Y)
-    model, run, scores = plain_loop(COCKTAIL)
+    model, run, scores = loop()
     assert net.history[:, "valid_loss"] == scores
     assert ours(net).stopped == run.stopped
-    assert_same(model, net.module_)
+    assert same(model, net.module_)
 
 
 def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         resumable(tmp_path, Interrupt(7, RuntimeError)).fit(X, Y)
-    longer = gf.Cocktail(*COCKTAIL[:5], gf.EarlyStopping(5))
+    longer = patience(5)
     net = resumable(tmp_path, cocktail=longer).fit(X, Y)
     assert len(net.history) == STOP + 2
-    assert_same(net.module_, plain_loop(longer)[0])
+    assert same(net.module_, loop(longer)[0])
+
+
+def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Path) -> None:
+    """The stop itself is in the checkpoint of the end, with the weights that were kept."""
+
+    def made(cocktail: Any) -> Any:
+        saving = TrainEndCheckpoint(dirname=str(tmp_path), f_goodfit="goodfit.pt")
+        return host(cocktail, saving, LoadInitState(saving))
+
+    first = made(COCKTAIL).fit(X, Y)
+    again = made(COCKTAIL).fit(X, Y)
+    assert again.history == first.history
+    assert ours(again).stopped == ours(first).stopped
+    assert int(ours(again).run.state_dict()["step"]) == 4 * STOP
+    assert same(again.module_, first.module_)
+    loaded = host().initialize()
+    ours(loaded).prepare(loaded, X, Y)
+    loaded.load_params(checkpoint=TrainEndCheckpoint(dirname=str(tmp_path), f_goodfit="goodfit.pt").initialize().checkpoint_)
+    assert len(loaded.partial_fit(X, Y).history) == STOP
+    again.partial_fit(X, Y)
+    assert len(again.history) == STOP + 1
+    assert len(made(patience(50)).fit(X, Y).history) > STOP + 1
 
 
 def test_weights_with_inserted_layers_are_loaded_for_prediction(tmp_path: Path) -> None:
@@ -368,13 +424,13 @@ def test_weights_with_inserted_layers_are_loaded_for_prediction(tmp_path: Path) 
     second = host().initialize()
     ours(second).prepare(second, X, Y)
     second.load_params(f_params=tmp_path / "params.pt")
-    assert_same(first.module_, second.module_)
+    assert same(first.module_, second.module_)
     assert second.predict(X).tolist() == first.predict(X).tolist()
 
 
 def test_a_checkpoint_before_the_score_is_warned_of(tmp_path: Path) -> None:
     saving = Checkpoint(monitor=None, dirname=str(tmp_path), f_goodfit="goodfit.pt")
-    net = host(callbacks=[saving, Regularization(COCKTAIL, seed=4)], max_epochs=1)
+    net = host(callbacks=[saving, Regularization(COCKTAIL, seed=SEED)], max_epochs=1)
     with pytest.warns(gf.GoodfitWarning, match="put Checkpoint behind Regularization"):
         net.fit(X, Y)
 
@@ -407,7 +463,7 @@ def test_a_run_before_the_training_is_told_of() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it itself
 def test_a_compiled_module_is_regularized_within() -> None:
     net = host(compile=True, compile__backend="eager").fit(X, Y)
-    assert_same(net.module_._orig_mod, plain_loop(COCKTAIL)[0])
+    assert same(net.module_._orig_mod, loop()[0])
 
 
 def test_without_skorch_one_line_says_what_to_install() -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import goodfit as gf
-from plain import COCKTAIL, SEED, XV, YV, X, Y, adam, loader, net, plain, same, valid_loss
+from plain import AVERAGED, COCKTAIL, REST, SEED, STOP, XV, YV, X, Y, adam, loader, net, patience, plain, same, valid_loss
 from toys import Blur, Clip, Flood, Uphill
 
 transformers = pytest.importorskip("transformers")
@@ -26,7 +27,7 @@ from accelerate import FullyShardedDataParallelPlugin  # noqa: E402
 
 from goodfit.adapters.transformers import Regularization  # noqa: E402
 
-MORE = COCKTAIL.replace("Stopping(3)", "Stopping(6)")
+MORE = patience(6)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def trainer(model: Any, *callbacks: Any, folder: Any, kind: Any = Ordered, data:
     given: dict[str, Any] = {
         "num_train_epochs": 30,
         "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
+        "per_device_eval_batch_size": 16,
         "max_grad_norm": 0.0,
         "learning_rate": 0.02,
         "optim": "adamw_torch",
@@ -107,19 +108,19 @@ def train(model: Any, *callbacks: Any, resume: Any = None, **settings: Any) -> A
 
 
 def test_weights_and_stop_epoch_are_those_of_the_plain_loop(tmp_path: Any) -> None:
-    model, run, epochs = plain()
+    model, run, scores = plain()
     hosted, ours = Model(), regularization()
-    assert train(hosted, ours, folder=tmp_path).state.epoch == epochs
-    assert 3 < epochs < 30
+    assert train(hosted, ours, folder=tmp_path).state.epoch == len(scores)
+    assert len(scores) == STOP
     assert same(model, hosted.net)
     assert ours.stopped == run.stopped != ""
 
 
 def test_without_a_stop_the_best_comes_back_too(tmp_path: Any) -> None:
-    model, _, epochs = plain(epochs=5)
+    model, _, scores = plain(epochs=5)
     hosted, ours = Model(), regularization()
     host = train(hosted, ours, folder=tmp_path, num_train_epochs=5)
-    assert host.state.epoch == epochs == 5
+    assert host.state.epoch == len(scores) == 5
     assert ours.stopped == ""
     assert same(model, hosted.net)
     assert host.evaluate()["eval_loss"] == pytest.approx(valid_loss(model))
@@ -128,38 +129,38 @@ def test_without_a_stop_the_best_comes_back_too(tmp_path: Any) -> None:
 
 def test_the_fused_optimizer_that_the_trainer_makes_by_itself(tmp_path: Any) -> None:
     """It rounds otherwise than the plain one."""
-    model, _, epochs = plain()
+    model, _, scores = plain()
     hosted = Model()
-    assert train(hosted, regularization(), folder=tmp_path, optim="adamw_torch_fused").state.epoch == epochs
+    assert train(hosted, regularization(), folder=tmp_path, optim="adamw_torch_fused").state.epoch == len(scores)
     ours = model.state_dict()
     assert all(torch.allclose(t, ours[name], rtol=0, atol=1e-6) for name, t in hosted.net.state_dict().items())
 
 
 def test_a_metric_to_maximize(tmp_path: Any) -> None:
-    cocktail = COCKTAIL.replace("Stopping(3)", "Stopping(3, mode='max')")
-    model, _, epochs = plain(cocktail, score=lambda model: -valid_loss(model))
+    cocktail = [*REST, gf.EarlyStopping(3, mode="max")]
+    model, _, scores = plain(cocktail, score=lambda model: -valid_loss(model))
     hosted, ours = Model(), regularization(cocktail, monitor="eval_goodness")
     host = trainer(hosted, ours, folder=tmp_path)
     host.compute_metrics = lambda told: {"goodness": -float(((told.predictions - told.label_ids) ** 2).mean())}
     host.train()
-    assert host.state.epoch == epochs == plain()[2]
+    assert host.state.epoch == len(scores) == STOP
     assert same(model, hosted.net)
 
 
 def test_what_acts_on_batch_and_loss_acts_in_compute_loss(tmp_path: Any) -> None:
-    cocktail = [*gf.parse(COCKTAIL), Blur(0.3), Flood(0.05)]
-    model, _, epochs = plain(cocktail, through_run=True)
+    cocktail = [*COCKTAIL, Blur(0.3), Flood(0.05)]
+    model, _, scores = plain(cocktail, by_run=True)
     hosted = Model()
-    assert train(hosted, regularization(cocktail), folder=tmp_path, kind=InRun).state.epoch == epochs
+    assert train(hosted, regularization(cocktail), folder=tmp_path, kind=InRun).state.epoch == len(scores)
     assert same(model, hosted.net)
     assert not same(model, plain()[0])
 
 
 @pytest.mark.filterwarnings("ignore:The gradients of several batches:goodfit.GoodfitWarning")
 def test_gradient_accumulation(tmp_path: Any) -> None:
-    model, _, epochs = plain(every=2)
+    model, _, scores = plain(parts=2)
     hosted = Model()
-    assert train(hosted, regularization(), folder=tmp_path, gradient_accumulation_steps=2).state.epoch == epochs
+    assert train(hosted, regularization(), folder=tmp_path, gradient_accumulation_steps=2).state.epoch == len(scores)
     assert same(model, hosted.net)
 
 
@@ -176,7 +177,7 @@ def test_checks_by_steps(tmp_path: Any) -> None:
 
 def test_a_look_before_the_training_is_no_check(tmp_path: Any) -> None:
     hosted = Model()
-    assert train(hosted, regularization(), folder=tmp_path, eval_on_start=True).state.epoch == plain()[2]
+    assert train(hosted, regularization(), folder=tmp_path, eval_on_start=True).state.epoch == STOP
     assert same(plain()[0], hosted.net)
 
 
@@ -186,7 +187,7 @@ def test_several_evaluation_sets(tmp_path: Any) -> None:
         sets = {name: rows(XV, YV) if name == "a" else rows(X[:8], Y[:8]) for name in order}
         hosted = Model()
         host = train(hosted, regularization(monitor="eval_a_loss"), folder=tmp_path, data=sets)
-        assert host.state.epoch == plain()[2]
+        assert host.state.epoch == STOP
         assert same(plain()[0], hosted.net)
     with pytest.raises(gf.GoodfitError, match=r"'eval_c_loss' must name .* eval_a_loss, .*; did you mean"):
         train(Model(), regularization(monitor="eval_c_loss"), folder=tmp_path, data=sets)
@@ -208,7 +209,7 @@ def test_clipping_by_the_host_beside_penalties(tmp_path: Any) -> None:
 
 
 def test_a_second_gradient_through_the_run(tmp_path: Any) -> None:
-    model = plain([Uphill(0.1), gf.Dropout(0.3)], epochs=2, through_run=True)[0]
+    model = plain([Uphill(0.1), gf.Dropout(0.3)], epochs=2, by_run=True)[0]
     hosted = Model()
     ours = regularization([Uphill(0.1), gf.Dropout(0.3)])
     train(hosted, ours, folder=tmp_path, kind=InRun, num_train_epochs=2)
@@ -255,6 +256,30 @@ def test_a_transformer_as_a_whole(tmp_path: Any) -> None:
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
 
 
+class Averaged(Ordered):
+    """Scores what will be kept."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        run = next(one.run for one in self.callback_handler.callbacks if isinstance(one, Regularization))
+        with run.view(loader()) if self.is_in_train else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+
+def test_what_is_scored_and_kept_is_averaged_and_what_trains_and_is_saved_is_not(tmp_path: Any) -> None:
+    model, run, scores = plain(AVERAGED)
+    hosted, ours = Model(), regularization(AVERAGED)
+    host = train(hosted, ours, folder=tmp_path, kind=Averaged, save_strategy="epoch")
+    assert host.state.epoch == len(scores) == STOP
+    assert ours.stopped == run.stopped
+    assert same(model, hosted.net)
+    assert host.evaluate()["eval_loss"] == pytest.approx(min(scores))
+    hosted = Model()
+    train(hosted, regularization(AVERAGED), folder=tmp_path, kind=Averaged, resume=tmp_path / "checkpoint-12")
+    assert same(model, hosted.net)
+    with pytest.raises(gf.GoodfitError, match=r"validate and call run\.epoch within: with run\.view"):
+        train(Model(), regularization(AVERAGED), folder=tmp_path)
+
+
 # Killed and resumed
 
 
@@ -282,10 +307,10 @@ def killed(tmp_path_factory: Any) -> Path:
 
 
 @pytest.mark.parametrize("cocktail", [COCKTAIL, MORE], ids=["the same", "a new patience"])
-def test_killed_and_resumed_it_stops_at_the_same_epoch_with_the_same_weights(cocktail: str, killed: Path) -> None:
-    model, run, epochs = plain(cocktail)
+def test_killed_and_resumed_it_stops_at_the_same_epoch_with_the_same_weights(cocktail: Any, killed: Path) -> None:
+    model, run, scores = plain(cocktail)
     hosted, ours = Model(), regularization(cocktail)
-    assert train(hosted, ours, folder=killed.parent, resume=killed).state.epoch == epochs
+    assert train(hosted, ours, folder=killed.parent, resume=killed).state.epoch == len(scores)
     assert same(model, hosted.net)
     assert ours.stopped == run.stopped
     assert all(torch.equal(t, ours.run.state_dict()[name]) for name, t in run.state_dict().items() if name != "seconds")
@@ -300,7 +325,7 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path: Any) -> None:
     with pytest.raises(OSError, match="disk"):
         train(Model(), regularization(), Stopper(), folder=tmp_path, save_strategy="steps", save_steps=5)
     hosted = Model()
-    assert train(hosted, regularization(), folder=tmp_path, resume=tmp_path / "checkpoint-10").state.epoch == plain()[2]
+    assert train(hosted, regularization(), folder=tmp_path, resume=tmp_path / "checkpoint-10").state.epoch == STOP
     assert same(plain()[0], hosted.net)
 
 
@@ -308,12 +333,13 @@ def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_pa
     first = regularization()
     last = train(Model(), first, folder=tmp_path, save_strategy="epoch").state.global_step
     hosted, again = Model(), regularization()
-    train(hosted, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
+    host = train(hosted, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
+    assert host.state.global_step == last + 1  # the Trainer looks whether to stop behind a step, which is not kept
     assert again.stopped == first.stopped
     assert same(plain()[0], hosted.net)
     hosted = Model()
     host = train(hosted, regularization(MORE), folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
-    assert host.state.epoch == plain(MORE)[2]
+    assert host.state.epoch == STOP + 3
     assert same(plain(MORE)[0], hosted.net)
 
 
@@ -344,10 +370,10 @@ class Accident(transformers.TrainerCallback):
 def test_after_an_accident_finish_restores_the_best(error: Any, tmp_path: Any) -> None:
     hosted, ours = Model(), regularization()
     with pytest.raises(type(error)):
-        train(hosted, ours, Accident(error, 4), folder=tmp_path)
-    assert not same(plain(epochs=4)[0], hosted.net)
+        train(hosted, ours, Accident(error, 7), folder=tmp_path)
+    assert not same(plain(epochs=7)[0], hosted.net)
     ours.finish()
-    assert same(plain(epochs=4)[0], hosted.net)
+    assert same(plain(epochs=7)[0], hosted.net)
     early = regularization()
     with pytest.raises(type(error)):
         train(Model(), early, Accident(error, 0), folder=tmp_path)
@@ -358,12 +384,12 @@ def test_after_an_accident_finish_restores_the_best(error: Any, tmp_path: Any) -
 
 
 def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
-    patient = COCKTAIL.replace("EarlyStopping(3)", "EarlyStopping(9)")
+    patient = patience(9)
     one, two = Model(), Model()
-    train(one, regularization(f"{patient}, EarlyStopping(3)"), folder=tmp_path / "one")
+    train(one, regularization([*patient, gf.EarlyStopping(3)]), folder=tmp_path / "one")
     callbacks = regularization(patient), regularization("EarlyStopping(3)", seed=9)
     host = train(two, *callbacks, folder=tmp_path / "two", save_strategy="epoch")
-    assert host.state.epoch == plain()[2]
+    assert host.state.epoch == STOP
     assert same(one, two)
     assert same(one.net, plain()[0])
     assert [bool(callback.stopped) for callback in callbacks] == [False, True]
@@ -406,10 +432,10 @@ def test_sharding_and_copied_modules_are_refused(tmp_path: Any, monkeypatch: pyt
     host = trainer(Model(), folder=tmp_path)
     host.args._n_gpu = 2
     with pytest.raises(gf.GoodfitError, match=r"Dropout\(0\.3\) cannot act in nn\.DataParallel"):
-        regularization()._refuse(host.args)
+        regularization()._refuse(host.args, host.model)
     monkeypatch.setitem(host.accelerator.state.__dict__, "fsdp_plugin", FullyShardedDataParallelPlugin())
     with pytest.raises(gf.GoodfitError, match="FSDP shards the weights"):
-        regularization()._refuse(host.args)
+        regularization()._refuse(host.args, host.model)
 
 
 def test_the_decay_of_the_trainer_beside_ours_is_told(tmp_path: Any) -> None:

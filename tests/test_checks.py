@@ -98,6 +98,10 @@ def test_it_stops_with_a_reason_in_one_word_and_keeps_it_over_a_resume() -> None
     again, _ = started(EarlyStopping(2))
     again.load_state_dict(run.state_dict())
     assert (again.reason, again.stopped) == (Reason.PATIENCE, run.stopped)
+    patient, _ = started(EarlyStopping(4))
+    patient.load_state_dict(run.state_dict())
+    assert (patient.reason, patient.stopped) == (None, "")
+    assert [patient.epoch(1.0), patient.epoch(1.0)] == [True, False]
     again.go_on()
     assert (again.reason, again.stopped) == (None, "")
     assert again.epoch(0.5)

@@ -67,14 +67,19 @@ class Checks:
             "seconds": torch.tensor(time.monotonic() - self._began, dtype=torch.float64),
             "stopped": from_text(self.stopped),
             "reason": from_text(self.reason.name if self.reason else ""),
+            "cocktail": from_text(self._cocktail()),
         }
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken; what another cocktail had stopped, as of less patience, is asked anew."""
         self.heard = bool(saved["heard"])
         self._began = time.monotonic() - float(saved["seconds"])
-        self.stopped, reason = to_text(saved["stopped"]), to_text(saved["reason"])
+        same = to_text(saved["cocktail"]) == self._cocktail()
+        self.stopped, reason = (to_text(saved[name]) if same else "" for name in ("stopped", "reason"))
         self.reason = Reason[reason] if reason else None
+
+    def _cocktail(self) -> str:
+        return ", ".join(map(repr, self.plan.active.values()))
 
     def _refuse_standstill(self) -> None:
         acting = [r for kind in (Penalty, Gradient, Step) for _, r in self.plan.of(kind)]

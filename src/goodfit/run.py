@@ -151,7 +151,7 @@ class Run:
         return self._checks.hear(score, others, self._beside.optimizers)
 
     def go_on(self) -> None:
-        """Ask anew in a training that was stopped and goes on, as with another patience."""
+        """Ask anew in a training that was stopped and is run again."""
         self._checks.stopped, self._checks.reason = "", None
 
     def finish(self, batches: Any = None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""accelerate: a run on which all processes decide alike, and whose state is in the checkpoints of the accelerator.
+"""accelerate: a run whose state is in the checkpoints of the accelerator.
 
 run = Regularization("L2(1e-4), Dropout(0.3), EarlyStopping(5)", model, accelerator, example=x)
 optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)      # made after it
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from goodfit.adapters.host import refuse_sharded
 from goodfit.cocktail import Cocktail
-from goodfit.errors import GoodfitError
-from goodfit.losses import score_of
 from goodfit.phases import Regularizer
 from goodfit.run import Run
 
@@ -46,21 +44,11 @@ class Regularization(Run):
         seed: int = 0,
     ) -> None:
         kind = accelerator.distributed_type.value
-        if kind in _SHARDED:
-            raise GoodfitError(f"{kind} shards the weights, of which a regularizer needs the whole; train with DDP.")
-        refuse_sharded(model)
+        refuse_sharded(model, kind if kind in _SHARDED else None)
         super().__init__(cocktail, model, example=example, loss=loss, task=task, seed=seed)
-        self.accelerator = accelerator
         accelerator.register_for_checkpointing(self)
 
     @property
     def run(self) -> Run:
         """The run, which this is."""
         return self
-
-    def epoch(self, score: float | Tensor, **told: Any) -> bool:
-        """As of `gf.Run`, with the mean of the scores of all processes, so that they stop together."""
-        mine = score_of(score)
-        if self.accelerator.num_processes > 1:
-            mine = self.accelerator.reduce(mine.to(self.accelerator.device), "mean").cpu()
-        return super().epoch(mine, **told)

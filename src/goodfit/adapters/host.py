@@ -1,20 +1,92 @@
-"""What a host is asked: its package, which may be missing, the model in it, a metric by its name, and whether it clips."""
+"""What hosts share: their package, which may be missing, the model in it, a metric by its name, and what is refused."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from goodfit.cocktail import Cocktail
+from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.errors import GoodfitError, nearest
-from goodfit.phases import Epoch, Gradient, phases_of
+from goodfit.phases import Build, Epoch, Finish, Gradient, Regularizer, phases_of
+from goodfit.run import Run
 
-__all__ = ["imported", "monitored", "refuse_clipping", "refuse_deaf", "refuse_second", "refuse_sharded", "submodule"]
+__all__ = [
+    "Hosted",
+    "beside_training",
+    "imported",
+    "monitored",
+    "refuse_clipping",
+    "refuse_sharded",
+    "submodule",
+]
+
+
+class Hosted:
+    """What the callbacks of Trainers share: settings that wait for the model, which the host has, and the run on it."""
+
+    _made: ClassVar[str]  # where the host has it made
+
+    def __init__(
+        self,
+        cocktail: Cocktail | Regularizer | str,
+        *,
+        monitor: str | None = None,
+        model: str | None = None,
+        example: Any = None,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
+        task: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.cocktail, self.monitor, self.model, self.example = as_cocktail(cocktail), monitor, model, example
+        self.seed = seed
+        deaf = next(self.cocktail.of(Epoch), None)
+        if deaf is not None and monitor is None:
+            raise GoodfitError(f'{deaf} needs the name of the metric that it hears: Regularization(..., monitor="valid_loss").')
+        self._settings: dict[str, Any] = {"loss": loss, "task": task}
+        self._run: Run | None = None
+        self._attached = False
+
+    @property
+    def run(self) -> Run:
+        """The run on the model."""
+        if self._run is None:
+            raise GoodfitError(f"Regularization has no run yet: {self._made}.")
+        return self._run
+
+    @property
+    def stopped(self) -> str:
+        """Why the cocktail ended the training, "" where it did not."""
+        return "" if self._run is None else self._run.stopped
+
+    def _make(self, part: nn.Module, example: Any) -> None:
+        self._run = Run(self.cocktail, part, example=example, seed=self.seed, **self._settings)
+
+    def _join(self, beside: list[Any]) -> None:
+        """Beside another cocktail on the same model one may only stop: a model is built once, and after it no state changes."""
+        if self is beside[0]:
+            return
+        averager = next((one for one in beside[0].cocktail.of(Finish) if one.averages), None)
+        if averager is not None:
+            told = "averages weights, of which a second Regularization knows nothing; put both into one"
+            raise GoodfitError(f"{averager} {told}.")
+        for one in self.cocktail:
+            if not one.off and not set(phases_of(type(one))) <= {"Epoch", "Finish"}:
+                raise GoodfitError(
+                    f"A second Regularization may only stop the training, got {one}; put it in the first cocktail."
+                )
+        self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
+
+    def _refuse_unfed(self, example: Any) -> None:
+        builder = next(self.cocktail.of(Build), None)
+        if builder is not None and example is None:
+            raise GoodfitError(
+                f"{builder} acts before the optimizer is made, and needs an input batch: Regularization(..., example=batch)."
+            )
 
 
 def imported(extra: str, *names: str) -> Any:
@@ -39,13 +111,6 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return parts[name]
 
 
-def refuse_deaf(cocktail: Cocktail, monitor: str | None) -> None:
-    """Refuse a cocktail that waits for a score where no metric is named."""
-    deaf = next(cocktail.of(Epoch), None)
-    if deaf is not None and monitor is None:
-        raise GoodfitError(f'{deaf} needs the name of the metric that it hears: Regularization(..., monitor="valid_loss").')
-
-
 def monitored(metrics: Mapping[str, Any], monitor: str, host: str) -> Any:
     """One metric by its name."""
     if monitor not in metrics:
@@ -63,15 +128,15 @@ def refuse_clipping(cocktail: Cocktail, setting: str, cure: str) -> None:
         raise GoodfitError(f"{setting} clips the gradient before {clipped} acts on it; {cure}, and clip in the cocktail.")
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """A regularizer needs the whole of a weight: its norm, its groups, what is kept of it."""
+def refuse_sharded(model: nn.Module, kind: str | None = None) -> None:
+    """A regularizer needs the whole of a weight: its norm, its groups, what is kept of it. kind: of what shards, if any."""
+    if kind is not None:
+        raise GoodfitError(f"{kind} shards the weights, of which a regularizer needs the whole; train with DDP.")
     name = next((name for name, p in model.named_parameters() if isinstance(p.data, DTensor)), None)
     if name is not None:
         raise GoodfitError(f"{name} is sharded over processes, and a regularizer needs the whole of it; train with DDP.")
 
 
-def refuse_second(cocktail: Cocktail) -> None:
-    """Beside another cocktail on the same model one may only stop: a model is built once, and after it no state changes."""
-    for one in cocktail:
-        if not one.off and not set(phases_of(type(one))) <= {"Epoch", "Finish"}:
-            raise GoodfitError(f"A second Regularization may only stop the training, got {one}; put it in the first cocktail.")
+def beside_training(batches: Any) -> Any:
+    """Training data to read while the training does so too; None for a stream, and for workers that one reader resets."""
+    return None if isinstance(batches, Iterator) or getattr(batches, "persistent_workers", False) else batches

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from goodfit.adapters.host import imported, monitored, refuse_sharded
+from goodfit.adapters.host import beside_training, imported, monitored, refuse_sharded
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Epoch, Regularizer
-from goodfit.processes import world
 from goodfit.run import Run
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Regularization:
         self.monitor = monitor
         self.trainer: Engine = _ignite.engine.Engine(lambda engine, batch: None)
         self._heard: tuple[int, Any] = (-1, None)
-        self._saved = -1
+        self._view = ExitStack()
+        self._saved, self._resumed = -1, False
 
     @property
     def stopped(self) -> str:
@@ -68,22 +69,42 @@ class Regularization:
             raise GoodfitError(f"{hears} needs the evaluator that validates, got None.")
         self.run.attach(*optimizers)
         self.trainer = trainer
-        if hears is not None and evaluator is not None:
-            evaluator.add_event_handler(_Events.COMPLETED, self._hear)
+        if evaluator is not None:
+            evaluator.add_event_handler(_Events.STARTED, self._enter)
+            evaluator.add_event_handler(_Events.COMPLETED, self._hear if hears is not None else self._leave)
         trainer.add_event_handler(_Events.STARTED, self._start)
+        trainer.add_event_handler(_Events.ITERATION_STARTED, self._leave)  # whatever ended the evaluator
         for event in (_Events.TERMINATE, _Events.COMPLETED, _Events.EXCEPTION_RAISED):
             trainer.add_event_handler(event, self._end)
         return self
 
     def _start(self, trainer: Engine) -> None:
-        """A training that was stopped and is run again is asked anew."""
-        self.run.go_on()
-        self._heard = (-1, None)
+        """A training that was stopped is asked anew where it is run again, and not where it comes from a checkpoint."""
+        if not self._resumed:
+            self.run.go_on()
+        elif self.stopped:
+            trainer.terminate()
+        self._resumed, self._heard = False, (-1, None)
+
+    def _enter(self, evaluator: Engine) -> None:
+        if self._training():
+            self._view.enter_context(self.run.view(beside_training(self.trainer.state.dataloader)))
+
+    def _leave(self, engine: Engine) -> None:
+        self._view.close()
+
+    def _training(self) -> bool:
+        ended = (None, _Events.COMPLETED, _Events.TERMINATE, _Events.EXCEPTION_RAISED)
+        return self.trainer.last_event_name not in ended
 
     def _hear(self, evaluator: Engine) -> None:
+        with self._view:
+            self._check(evaluator)
+
+    def _check(self, evaluator: Engine) -> None:
         """One check; data that is evaluated when no training is on, or again for the same weights, is none."""
         now, data = self.trainer.state.iteration, evaluator.state.dataloader
-        if self.trainer.last_event_name in (None, _Events.COMPLETED, _Events.TERMINATE, _Events.EXCEPTION_RAISED):
+        if not self._training():
             return
         if now == self._heard[0]:
             if data is not self._heard[1]:
@@ -104,15 +125,13 @@ class Regularization:
             self.trainer.terminate()
 
     def _score(self, evaluator: Engine) -> float | Tensor:
-        """Metrics of Ignite are those of all processes already, but others may differ, and all must stop together."""
         if callable(self.monitor):
-            score = self.monitor(evaluator)
-        else:
-            score = monitored(evaluator.state.metrics, self.monitor, "the evaluator")
-        return score if world() == 1 else _ignite.distributed.all_reduce(float(score)) / world()
+            return self.monitor(evaluator)
+        return monitored(evaluator.state.metrics, self.monitor, "the evaluator")
 
     def _end(self, trainer: Engine, *errors: BaseException) -> None:
         """Give back the best, whatever ended the training; what ended it early may have come before there was one."""
+        self._view.close()
         try:
             self.run.finish(trainer.state.dataloader)
         except GoodfitError:
@@ -129,3 +148,4 @@ class Regularization:
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken; the numbers of the cocktail are those of now."""
         self.run.load_state_dict(saved)
+        self._resumed = True

@@ -8,17 +8,24 @@ Trainer(callbacks=[Regularization("L2(1e-4), Dropout(0.3), EarlyStopping(5)", mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from goodfit.adapters.host import imported, monitored, refuse_clipping, refuse_deaf, refuse_second, refuse_sharded, submodule
-from goodfit.cocktail import Cocktail, as_cocktail
+from goodfit.adapters.host import (
+    Hosted,
+    beside_training,
+    imported,
+    monitored,
+    refuse_clipping,
+    refuse_sharded,
+    submodule,
+)
+from goodfit.cocktail import Cocktail
 from goodfit.data import mapped
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Build, Epoch, Gradient, Regularizer
-from goodfit.run import Run
 
 __all__ = ["Regularization"]
 
@@ -26,7 +33,7 @@ _lightning = imported("lightning", "lightning.pytorch", "pytorch_lightning")
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 
 
-class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
+class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-defined]
     """A cocktail in a Lightning Trainer.
 
     monitor: the logged validation metric that Epoch regularizers hear. model: the submodule to regularize, by name; without
@@ -34,37 +41,14 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
     for what is inserted, else `example_input_array`. loss, task, seed: as in `Run`. `run` is there from `setup` on.
     """
 
-    def __init__(
-        self,
-        cocktail: Cocktail | Regularizer | str,
-        *,
-        monitor: str | None = None,
-        model: str | None = None,
-        example: Any = None,
-        loss: Callable[[Any, Tensor], Tensor] | None = None,
-        task: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.cocktail, self.monitor, self.model, self.example = as_cocktail(cocktail), monitor, model, example
-        self.seed = seed
-        refuse_deaf(self.cocktail, monitor)
-        self._settings: dict[str, Any] = {"loss": loss, "task": task}
-        self._run: Run | None = None
+    _made = "it is made where trainer.fit sets up its callbacks"
+
+    def __init__(self, cocktail: Cocktail | Regularizer | str, **settings: Any) -> None:
+        super().__init__(cocktail, **settings)
         self._names: set[str] = set()
         self._place: int | None = None
-        self.heard = self.finished = self._fitting = self._attached = False
-
-    @property
-    def run(self) -> Run:
-        """The run on the model."""
-        if self._run is None:
-            raise GoodfitError("Regularization has no run yet: it is made where trainer.fit sets up its callbacks.")
-        return self._run
-
-    @property
-    def stopped(self) -> str:
-        """Why the cocktail ended the training, "" where it did not."""
-        return "" if self._run is None else self._run.stopped
+        self._view = ExitStack()
+        self.heard = self.finished = self._fitting = False
 
     @property
     def state_key(self) -> str:
@@ -74,31 +58,25 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         beside = [one for one in trainer.callbacks if isinstance(one, Regularization)]
         self._place, self._fitting = beside.index(self), stage == "fit"
-        if self is not beside[0]:
-            refuse_second(self.cocktail)
-            self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
+        self._join(beside)
         if self._fitting:
             self._refuse(trainer, pl_module)
             if not any(isinstance(one, _Restore) and one.owner is self for one in trainer.callbacks):
                 trainer.callbacks.append(_Restore(self))
         if self._run is None:
-            self._run = self._make(trainer, pl_module)
-            self._names = {name for name, _ in self._run.model.named_parameters()}
+            self._begin(trainer, pl_module)
+            self._names = {name for name, _ in self.run.model.named_parameters()}
 
-    def _make(self, trainer: Any, pl_module: Any) -> Run:
+    def _begin(self, trainer: Any, pl_module: Any) -> None:
         """On the device and in the precision of the training, which Lightning would see to only later."""
         part = self._part(pl_module)
         example = pl_module.example_input_array if self.example is None else self.example
-        builder = next(self.cocktail.of(Build), None)
-        if builder is not None and example is None:
-            raise GoodfitError(
-                f"{builder} acts before the optimizer is made, and needs an input batch: Regularization(..., example=x)."
-            )
+        self._refuse_unfed(example)
         device = trainer.strategy.root_device
         trainer.precision_plugin.convert_module(pl_module.to(device))
         if example is not None:
             example = trainer.precision_plugin.convert_input(mapped(example, lambda t: t.to(device)))
-        return Run(self.cocktail, part, example=example, seed=self.seed, **self._settings)
+        self._make(part, example)
 
     def _part(self, pl_module: Any) -> nn.Module:
         if self.model is not None:
@@ -119,9 +97,7 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
         sharding = next((kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED), None)
         if self._attached:
             raise GoodfitError("A Regularization serves one trainer.fit, and this one has; make another for the next.")
-        refuse_sharded(pl_module)
-        if sharding is not None:
-            raise GoodfitError(f"{sharding} shards the weights, of which a regularizer needs the whole; use strategy='ddp'.")
+        refuse_sharded(pl_module, sharding)
         if trainer.gradient_clip_val:
             setting = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
             refuse_clipping(self.cocktail, setting, "leave gradient_clip_val out")
@@ -148,19 +124,25 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         trainer.should_stop = trainer.should_stop or bool(self.stopped)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._view.enter_context(self.run.view(beside_training(trainer.train_dataloader)))
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        score = monitored(trainer.callback_metrics, self.monitor, "the Trainer")
-        go_on = self.run.epoch(trainer.strategy.reduce(score, reduce_op="mean"))  # all processes decide on one number
-        self.heard = True
-        trainer.should_stop = trainer.should_stop or not go_on
+        with self._view:  # checkpoints, which come later, hold what trains
+            if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+                return
+            go_on = self.run.epoch(monitored(trainer.callback_metrics, self.monitor, "the Trainer"))
+            self.heard = True
+            trainer.should_stop = trainer.should_stop or not go_on
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._view.close()
 
     def state_dict(self) -> dict[str, Any]:
         if self._run is None:
             return {}
-        told = {"cocktail": repr(self.cocktail), "finished": self.finished}
-        return {"run": self._run.state_dict(), **told}
+        return {"run": self._run.state_dict(), "finished": self.finished}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._fitting and self.state_key not in checkpoint["callbacks"]:
@@ -179,8 +161,6 @@ class Regularization(_lightning.Callback):  # type: ignore[misc, name-defined]
             )
         self.run.load_state_dict(state_dict["run"])
         self.heard = bool(state_dict["run"]["heard"])
-        if state_dict["cocktail"] != repr(self.cocktail):  # what stopped may go on with another patience
-            self.run.go_on()
 
     def finish(self, batches: Any) -> None:
         """Restore the best; called when Lightning's own checkpoints of the last step are written."""

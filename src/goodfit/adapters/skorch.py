@@ -7,6 +7,7 @@ net.fit(X, y)
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -51,7 +52,8 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
         self.state_: dict[str, Tensor] = {}
         self.held_: list[Optimizer] = []
         self.data_: Any = None
-        self.epochs_, self.saved_ = 0, False
+        self.view_ = ExitStack()
+        self.epochs_, self.saved_, self.resumed_ = 0, False, False
 
     @property
     def run(self) -> Run:
@@ -100,12 +102,17 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
             warnings.warn(told, GoodfitWarning, stacklevel=4)
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        self.view_.close()  # where an error in a validation left it open
         self.prepare(net, X, y)
-        self.run.go_on()
+        if not self.resumed_:
+            self.run.go_on()
         self.epochs_, self.data_ = 0, None
 
     def on_epoch_begin(self, net: Any, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any) -> None:
         self.data_, self.saved_ = dataset_train, False
+        if self.stopped:  # by a checkpoint: a training that is run again was asked anew
+            net.history.pop()
+            raise KeyboardInterrupt
         deaf = next(self.run.cocktail.of(Epoch), None)
         if deaf is not None and dataset_valid is None and self.monitor == "valid_loss":
             raise GoodfitError(
@@ -113,7 +120,15 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
                 "train_split=ValidSplit(5), or name another column of the history, as in monitor='train_loss'."
             )
 
+    def on_batch_begin(self, net: Any, batch: Any = None, training: bool = False, **kwargs: Any) -> None:
+        if not training:
+            self.view_.enter_context(self.run.view(self._batches(net)))
+
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        with self.view_:
+            self._check(net)
+
+    def _check(self, net: Any) -> None:
         self.epochs_ += 1
         if not any(self.run.cocktail.of(Epoch)):
             return
@@ -132,13 +147,13 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
             raise KeyboardInterrupt  # which is how skorch's own early stopping ends a training
 
     def on_train_end(self, net: Any, **kwargs: Any) -> None:
-        batches = None if self.data_ is None else net.get_iterator(self.data_, training=False)
+        self.view_.close()
         try:
-            self.run.finish(batches)
+            self.run.finish(self._batches(net))
         except GoodfitError:
             if self.epochs_:  # else it was interrupted before there was anything to give back
                 raise
-        self.data_ = None
+        self.data_, self.resumed_ = None, False
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the run must remember, for `Checkpoint(f_goodfit=...)`."""
@@ -148,11 +163,15 @@ class Regularization(_skorch.callbacks.Callback):  # type: ignore[misc, name-def
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken; the numbers of the cocktail are those of now."""
         self.run.load_state_dict(saved)
+        self.resumed_ = True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied optimizer has lost its hooks, so the run of a copied net is made again, from its state."""
         state = self.state_ if self.run_ is None else {name: t.cpu() for name, t in self.run_.state_dict().items()}
-        return {**vars(self), "run_": None, "state_": state, "held_": [], "data_": None}
+        return {**vars(self), "run_": None, "state_": state, "held_": [], "data_": None, "view_": ExitStack()}
+
+    def _batches(self, net: Any) -> Any:
+        return None if self.data_ is None else net.get_iterator(self.data_, training=False)
 
     def _example(self, net: Any, X: Any, y: Any) -> Any:
         x = self.example

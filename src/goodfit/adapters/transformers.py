@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from goodfit.adapters.host import imported, monitored, refuse_clipping, refuse_deaf, refuse_second, refuse_sharded, submodule
-from goodfit.cocktail import Cocktail, as_cocktail
+from goodfit.adapters.host import Hosted, imported, monitored, refuse_clipping, refuse_sharded, submodule
+from goodfit.cocktail import Cocktail
 from goodfit.data import mapped
 from goodfit.errors import GoodfitError
 from goodfit.phases import Build, Epoch, Regularizer
-from goodfit.run import Run
 from goodfit.tensors import tensors_of
 
 __all__ = ["Regularization"]
@@ -34,7 +32,7 @@ _accelerate = imported("transformers", "accelerate")
 _SHARDED = {"deepspeed_plugins": "DeepSpeed", "fsdp_plugin": "FSDP", "megatron_lm_plugin": "Megatron-LM"}
 
 
-class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[misc, name-defined]
     """A cocktail in an HF Trainer, given to it as `callbacks=[...]`, for one `train()`.
 
     monitor: the metric that Epoch regularizers hear, as the Trainer logs it ("eval_loss"). model: the submodule to
@@ -42,66 +40,38 @@ class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-
     checkpoint: the folder that is resumed from, where that is not one of this `output_dir`.
     """
 
+    _made = "give it to the Trainer where that is made, as callbacks=[...]"
+
     def __init__(
-        self,
-        cocktail: Cocktail | Regularizer | str,
-        *,
-        monitor: str | None = None,
-        model: str | None = None,
-        example: Any = None,
-        loss: Callable[[Any, Tensor], Tensor] | None = None,
-        task: str | None = None,
-        seed: int = 0,
-        checkpoint: str | os.PathLike[str] | None = None,
+        self, cocktail: Cocktail | Regularizer | str, *, checkpoint: str | os.PathLike[str] | None = None, **settings: Any
     ) -> None:
-        self.cocktail, self.monitor, self.model, self.example = as_cocktail(cocktail), monitor, model, example
-        self.seed, self.checkpoint = seed, checkpoint
-        refuse_deaf(self.cocktail, monitor)
-        self._settings: dict[str, Any] = {"loss": loss, "task": task}
-        self._run: Run | None = None
+        super().__init__(cocktail, **settings)
+        self.checkpoint = checkpoint
         self._whole: nn.Module | None = None
         self._file = "goodfit.safetensors"
-        self._training = self._finished = self._attached = False
+        self._training = self._finished = False
         self._heard = -1
         self._others: dict[str, Any] = {}
-
-    @property
-    def run(self) -> Run:
-        """The run on the model."""
-        if self._run is None:
-            raise GoodfitError("Regularization has no run yet: give it to the Trainer where that is made, as callbacks=[...].")
-        return self._run
-
-    @property
-    def stopped(self) -> str:
-        """Why the cocktail ended the training, "" where it did not."""
-        return "" if self._run is None else self._run.stopped
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         beside = vars(state).setdefault("regularizations", [])  # what callbacks of one Trainer share
         beside.append(self)
+        self._join(beside)
         if len(beside) > 1:
-            refuse_second(self.cocktail)
-            self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
             self._file = f"goodfit-{len(beside)}.safetensors"
-        self._refuse(args)
-        refuse_sharded(model)
+        self._refuse(args, model)
         part = model if self.model is None else submodule(model, self.model)
         home = next((p.device for p in part.parameters()), torch.device("cpu"))
         example = None if self.example is None else mapped(self.example, lambda t: t.to(home))
-        self._run = Run(self.cocktail, part, example=example, seed=self.seed, **self._settings)
+        self._make(part, example)
         self._whole = model
 
-    def _refuse(self, args: Any) -> None:
+    def _refuse(self, args: Any, model: nn.Module) -> None:
         shared = _accelerate.state.AcceleratorState._shared_state  # a new AcceleratorState would forget what shards
         kind = next((kind for plugin, kind in _SHARDED.items() if shared.get(plugin) is not None), None)
-        if kind is not None:
-            raise GoodfitError(f"{kind} shards the weights, of which a regularizer needs the whole; train with DDP.")
+        refuse_sharded(model, kind)
+        self._refuse_unfed(self.example)
         builder = next(self.cocktail.of(Build), None)
-        if builder is not None and self.example is None:
-            raise GoodfitError(
-                f"{builder} acts before the optimizer is made, and needs an input batch: Regularization(..., example=batch)."
-            )
         if builder is not None and args.n_gpu > 1:
             raise GoodfitError(f"{builder} cannot act in nn.DataParallel, which copies modules at each step; use torchrun.")
         if args.max_grad_norm > 0:
@@ -159,7 +129,7 @@ class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        told = {"cocktail": repr(self.cocktail), "weights": _fingerprint(self.run.model)}
+        told = {"weights": _fingerprint(self.run.model)}
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._file
         unfinished = path.with_suffix(".unfinished")
         save_file({name: t.contiguous() for name, t in self.run.state_dict().items()}, unfinished, told)
@@ -181,8 +151,6 @@ class Regularization(_transformers.TrainerCallback):  # type: ignore[misc, name-
             )
         self.run.load_state_dict(state)
         self._heard = 0 if state["heard"] else -1
-        if told["cocktail"] != repr(self.cocktail):  # what stopped may go on with another patience
-            self.run.go_on()
 
 
 def _fingerprint(model: nn.Module) -> str:
