@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "goodfit"
 FLOORS = [
-    {"errors", "schedules", "defaults"},
+    {"errors", "schedules", "defaults", "durable"},
     {
         "hyper",
         "noise",
@@ -38,7 +38,7 @@ FLOORS = [
     {"plan", "hooks", "convert"},
     {"accumulation", "views"},
     {"beside", "checks"},
-    {"run"},
+    {"run", "checkpoints"},
     {"data", "loop", "small_batches", "explanation", "preparation", "training"},
     {"fitting", "refitting"},
     {"tabular", "report"},

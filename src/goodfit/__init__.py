@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from goodfit.batchnorms.freeze import freeze_batchnorm as freeze_batchnorm, thaw_batchnorm as thaw_batchnorm
     from goodfit.batchnorms.recalibrate import recalibrate as recalibrate
     from goodfit.batchnorms.variance_shift import VarianceShift as VarianceShift, variance_shift as variance_shift
+    from goodfit.checkpoints.checkpoints import Checkpoints as Checkpoints
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.explanation import Explanation as Explanation, explain as explain
@@ -62,6 +63,7 @@ __version__ = "0.1.0"
 
 _MODULES = ("convert", "factors", "groups", "hyper", "phases", "schedules", "stop", "surgery", "where")
 _NAMES = {
+    "Checkpoints": "checkpoints.checkpoints",
     "Cocktail": "cocktail",
     "Converted": "batchnorms.convert",
     "Explanation": "explanation",

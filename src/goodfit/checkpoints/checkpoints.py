@@ -1,0 +1,203 @@
+"""Checkpoints of a training, in anybody's loop."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from goodfit.checkpoints.folder import Damaged, read, write
+from goodfit.checkpoints.lock import Lock
+from goodfit.checkpoints.parts import check, give, refuse, take
+from goodfit.checkpoints.randomness import Randomness
+from goodfit.durable import draft_of, synced
+from goodfit.errors import GoodfitError, GoodfitWarning
+
+__all__ = ["Checkpoints", "Saving"]
+
+SHARE = 0.02  # of the time, at most, for saving
+PACE = 100e6  # bytes per second: what is foreseen of the first
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Save a training so that, killed at any moment, it goes on with the same bits.
+
+    Each checkpoint is a folder of safetensors and JSON with the SHA-256 of every file: written beside, forced to the disk,
+    then renamed. What is damaged is found, named, and passed over for the one before it. Nothing in it is ever executed.
+
+    Numbers: folder, made where it is not there; every, optimizer steps from one to the next, an integer >= 1, or None: as
+        often as saving takes at most 2 % of the time; last, how many are left, an integer >= 1.
+    Errors: numbers outside their range; a folder that cannot be made, or that another process writes into.
+
+    `saving = Checkpoints("overnight").watch(model=model, optimizer=optimizer, run=run)`, `step = saving.restore()`, and
+    `saving(step)` behind each step. `fit(..., checkpoints="overnight")` does it all.
+
+    >>> import tempfile
+    >>> folder, model = tempfile.mkdtemp(), nn.Linear(1, 1)
+    >>> Checkpoints(folder).watch(model=model).save(7)
+    >>> Checkpoints(folder).watch(model=nn.Linear(1, 1)).restore()
+    7
+    """
+
+    folder: str | Path
+    every: int | None = None
+    last: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | Path):
+            raise GoodfitError(f"Checkpoints.folder must be a path, got a {type(self.folder).__name__}.")
+        for name in ("every", "last"):
+            number = getattr(self, name)
+            if (type(number) is not int or number < 1) and not (name == "every" and number is None):
+                raise GoodfitError(f"Checkpoints.{name} must be an integer >= 1, got {name}={number!r}.")
+
+    def watch(self, **parts: Any) -> Saving:
+        """Save these parts: models, optimizers, schedulers, a `Run`, whatever has a state; the generators come along."""
+        return Saving(self, parts)
+
+
+class Saving:
+    """Checkpoints of these parts. step: that of the newest, 0 before the first."""
+
+    def __init__(self, how: Checkpoints, parts: dict[str, Any]) -> None:
+        self.how, self.folder = how, Path(how.folder)
+        for name, part in parts.items():
+            refuse(name, part)
+        self.parts = parts if "randomness" in parts else {**parts, "randomness": Randomness()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.folder)
+        except (OSError, ValueError) as wrong:
+            raise _refused(self.folder, wrong) from None
+        self.step = 0
+        self._known = not self._found()
+        self._cost = _foreseen(parts)
+        self._since = time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        """Save where it is time to; whether it was. A disk that does not take it is told, and tried again the next time."""
+        if not self._due(step):
+            return False
+        try:
+            self.save(step)
+        except GoodfitError as wrong:
+            warnings.warn(f"{wrong} The training goes on without this checkpoint.", GoodfitWarning, stacklevel=2)
+            self._since = time.monotonic()
+            return False
+        return True
+
+    def save(self, step: int) -> None:
+        """Save now, behind so many steps; then the oldest go."""
+        if not self._known:
+            raise GoodfitError(f"{str(self.folder)!r} has checkpoints; call restore() first, or give another folder.")
+        began = time.monotonic()
+        path = self.folder / f"step-{step:09d}"
+        try:
+            for left in self.folder.glob(".step-*.draft"):
+                shutil.rmtree(left, ignore_errors=True)
+            if path.exists() and step != self.step:  # what restore has found to be damaged
+                self._remove(path)
+            if not path.exists():
+                write(path, {name: give(part) for name, part in self.parts.items()}, {"step": step, **_versions()})
+            self.step = step
+            for old in [one for one in self._found() if one != path][self.how.last - 1 :]:
+                self._remove(old)
+        except OSError as wrong:
+            raise _refused(self.folder, wrong) from None
+        self._since = time.monotonic()
+        self._cost = self._since - began
+
+    def restore(self) -> int:
+        """Go on where the newest checkpoint was taken that is whole; its step, 0 where there is none."""
+        found = self._found()
+        for path in found:
+            try:
+                states, about = read(path)
+            except Damaged as wrong:
+                warnings.warn(f"{wrong}; the checkpoint before it is tried.", GoodfitWarning, stacklevel=2)
+                continue
+            self._take(path, states)
+            self.step, self._known = int(about["step"]), True
+            _compare(about)
+            return self.step
+        if found:
+            raise GoodfitError(f"No checkpoint in {str(self.folder)!r} is whole; begin anew in another folder.")
+        return 0
+
+    def close(self) -> None:
+        """Let another process write there."""
+        self._lock.release()
+
+    def _take(self, path: Path, states: dict[str, dict[str, Any]]) -> None:
+        """All parts, or none."""
+        if states.keys() != self.parts.keys():
+            there, here = (", ".join(sorted(one)) for one in (states, self.parts))
+            raise GoodfitError(f"{path} was saved of {there}, and is restored into {here}; name the same parts.")
+        for name, part in self.parts.items():
+            check(name, part, states[name])
+        before = {name: give(part) for name, part in self.parts.items()}
+        try:
+            for name, part in self.parts.items():
+                take(part, states[name])
+        except Exception as wrong:
+            for name, part in self.parts.items():
+                take(part, before[name])
+            if isinstance(wrong, GoodfitError):
+                raise
+            line = (str(wrong).strip().splitlines() or [type(wrong).__name__])[0]
+            raise GoodfitError(f"{path} is of another training: {name} does not take its state ({line:.200}).") from None
+
+    def _due(self, step: int) -> bool:
+        if self.how.every is not None:
+            return step - self.step >= self.how.every
+        return (time.monotonic() - self._since) * SHARE >= self._cost
+
+    def _found(self) -> list[Path]:
+        """All checkpoints, the newest first."""
+        return sorted((p for p in self.folder.glob("step-*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+
+    def _remove(self, path: Path) -> None:
+        """A folder that is half gone must not look like a checkpoint."""
+        gone = draft_of(path)
+        path.rename(gone)
+        synced(self.folder)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _foreseen(parts: dict[str, Any]) -> float:
+    """Seconds that the first checkpoint may take: an optimizer can have two numbers for every weight."""
+    models = [part for part in parts.values() if isinstance(part, nn.Module)]
+    return 0.05 + 3 * sum(p.nbytes for model in models for p in model.parameters()) / PACE
+
+
+def _versions() -> dict[str, Any]:
+    """What the bits of a training depend on, beside its state."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _compare(about: dict[str, Any]) -> None:
+    for name, now in _versions().items():
+        if about.get(name) != now:
+            warnings.warn(
+                f"The checkpoint was saved with {name} {about.get(name)}, and goes on with {now}: bits may differ.",
+                GoodfitWarning,
+                stacklevel=3,
+            )
+
+
+def _refused(folder: Path, wrong: Exception) -> GoodfitError:
+    if isinstance(wrong, GoodfitError):
+        return wrong
+    why = getattr(wrong, "strerror", None) or wrong
+    return GoodfitError(f"The checkpoint cannot be written into {str(folder)!r}: {why}; those that are there are as they were.")
