@@ -16,7 +16,7 @@ from goodfit.errors import GoodfitError
 from goodfit.noise import Noise
 from goodfit.rows import mapped, to_device
 
-__all__ = ["Batches", "Order", "batches_of", "mapped", "peek", "to_device", "uncounted"]
+__all__ = ["Batches", "Order", "batches_of", "mapped", "order_of", "peek", "to_device", "uncounted"]
 
 
 class Order:
@@ -100,8 +100,14 @@ def peek(batches: Any) -> Any:
 
 def uncounted(batches: Any) -> Any:
     """The same batches for a look beside training: an order made here does not count it as an epoch."""
+    order = order_of(batches)
+    return batches if order is None else _Uncounted(batches, order)
+
+
+def order_of(batches: Any) -> Order | None:
+    """The order that was made here for these batches, None where they have another."""
     order = getattr(batches, "order", None) or getattr(batches, "batch_sampler", None)
-    return _Uncounted(batches, order) if isinstance(order, Order) else batches
+    return order if isinstance(order, Order) else None
 
 
 class _Uncounted:

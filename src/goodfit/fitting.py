@@ -12,30 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from goodfit.batchnorms.present import by_batch
+from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.cocktail import Cocktail, as_cocktail
-from goodfit.data import batches_of, peek, to_device
+from goodfit.data import batches_of
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.learning_rates import MakeScheduler, refuse_scheduler
 from goodfit.loop import LossFunction
-from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.phases import Regularizer
 from goodfit.preparation import (
     MakeOptimizer,
-    as_reals,
-    averaged,
     home_of,
-    in_steps,
-    optimizer_for,
     refuse_file,
-    refuse_maximizing,
     refuse_numbers,
 )
 from goodfit.progress import Progress
+from goodfit.recipe import Recipe
 from goodfit.refitting import beginning, joined_data, refuse_refit, steps_for, train_for, without_stopping
-from goodfit.regularizers.batchnorm import BatchNorm
-from goodfit.run import Run
-from goodfit.small_batches import merged_for_norms, refuse_single_values
+from goodfit.rescored import otherwise
+from goodfit.resuming import as_checkpoints, of_refit, resume
 from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import training as training_mode
 from goodfit.tensors import put
@@ -53,7 +49,7 @@ class Fit:
     of an error that of its check, nan without one. best_epoch: the epoch with the lowest validation loss. kept: the row of
     the check whose weights these are, None where no check has seen them. reason: why it ended, in one word, None at the last
     epoch. refit: how the model was trained anew on train and valid, "" where it was not; validated: the model before that,
-    which score, kept and best_epoch are of.
+    which score, kept and best_epoch are of. resumed: the step from which a saved training went on, 0 where it began.
     """
 
     model: nn.Module = field(repr=False)
@@ -65,6 +61,7 @@ class Fit:
     reason: Reason | None = None
     refit: str = ""
     validated: nn.Module | None = field(default=None, repr=False)
+    resumed: int = 0
 
 
 def fit(
@@ -84,6 +81,9 @@ def fit(
     check_every: int | None = None,
     keep: str | Path | None = None,
     refit: str | None = None,
+    scheduler: LRScheduler | MakeScheduler | None = None,
+    scheduler_unit: str = "epochs",
+    checkpoints: str | Path | Checkpoints | None = None,
 ) -> Fit:
     """Train `model` on `train` with a cocktail, validated on `valid` after every epoch.
 
@@ -95,86 +95,68 @@ def fit(
     where the model goes, else where it is. progress: None shows a bar on a terminal. check_every: so many optimizer steps
     from one validation to the next, and one behind the last, in place of an epoch. keep: a file for the best weights, in
     place of memory. refit: "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that
-    are kept.
+    are kept. scheduler: of the learning rate, a function from the optimizer to one of torch, which steps behind each of
+    its scheduler_unit, "epochs" or "steps"; ReduceLROnPlateau at each check. checkpoints: a folder in which the training is
+    saved, or `gf.Checkpoints(folder, ...)`; what is saved there already goes on, to the same bits.
 
-    Ctrl-C ends the training as a stop does, without a refit. A loss that is not finite ends it too. Any other error passes
-    through, behind the first check with what there is so far in its `result`. However it ends, an EarlyStopping that restores
-    puts the best so far into the model; without one, the weights of the last step stay.
+    Ctrl-C ends the training behind its step as a stop does, without a refit; a second one at once. A loss that is not finite
+    ends it too. Any other error passes through, behind the first check with what there is so far in its `result`. However it
+    ends, an EarlyStopping that restores puts the best so far into the model; without one, the weights of the last step stay.
     """
     refuse_numbers(epochs, check_every, seed)
     refuse_file(keep)
     refuse_refit(refit)
+    refuse_scheduler(scheduler, scheduler_unit, refit)
+    saves = as_checkpoints(checkpoints, keep)
     training = batches_of(train, "train", batch_size, shuffle=True, seed=seed)
     validation = batches_of(valid, "valid", batch_size, shuffle=False, seed=seed)
     both = None if refit is None else joined_data(training, validation, batch_size, seed)
-    recipe = _Recipe(as_cocktail(cocktail), loss, task, optimizer, seed, home_of(model, device), check_every, keep)
+    mix, home = as_cocktail(cocktail), home_of(model, device)
+    made = optimizer, scheduler, scheduler_unit
+    recipe = Recipe(mix, loss, task, *made, seed, home, check_every, keep, saves, progress)
     start, own = (None, None) if refit is None else beginning(model, optimizer)
     # Ctrl-C within torch.no_grad() may leave gradients off.
-    with torch.enable_grad(), torch.random.fork_rng(devices=[recipe.home] if recipe.home.type == "cuda" else []):
+    with torch.enable_grad(), torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
         work = recipe.begin(model, training, validation)
-        try:
-            with training_mode(model), Progress(epochs, "fit", progress) as bar:
-                work.go(epochs, bar)
-            found = _finished(work)
-        except BaseException as wrong:
-            _hand_over(work, wrong)
-            raise
+        found = _train(recipe, work, epochs, start)
         if start is None or refit is None or work.reason is Reason.INTERRUPTED:
             return found
         try:
-            return replace(recipe, optimizer=own).again(found, work, start, both, refit, progress)
+            return _again(replace(recipe, optimizer=own), found, work, start, both, refit)
         except BaseException as wrong:
             _hang(found, wrong, "the model is the validated one, as before the refit")
             raise
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How a model is trained, whatever it is trained on."""
+def _train(recipe: Recipe, work: Training, epochs: int, start: nn.Module | None) -> Fit:
+    """Train, put the weights to keep back, and score them."""
+    resumed = 0 if recipe.checkpoints is None else resume(work, recipe.checkpoints, start)
+    try:
+        with training_mode(work.run.model), Progress(epochs, "fit", recipe.progress) as bar, recipe.interrupts(bar) as asked:
+            work.go(epochs, bar, asked)
+        return replace(_finished(work), resumed=resumed)
+    except BaseException as wrong:
+        _hand_over(work, wrong)
+        raise
 
-    cocktail: Cocktail
-    loss: LossFunction | None
-    task: str | None
-    optimizer: Optimizer | MakeOptimizer | None
-    seed: int
-    home: torch.device
-    check_every: int | None
-    keep: str | Path | None
 
-    def begin(self, model: nn.Module, train: Any, valid: Any, epoch: Any = None) -> Training:
-        """Build the model and all beside it. epoch: batches whose number is the length of an epoch for schedules."""
-        torch.manual_seed(self.seed)
-        x, y = to_device(peek(train), self.home)
-        kind = self.task if self.task is not None else "" if self.loss is not None else task_of(y)
-        loss = self.loss or loss_of(kind)
-        with training_mode(model):
-            if by_batch(model) or any(self.cocktail.of(BatchNorm)):
-                train = merged_for_norms(train, "train")
-        mix = in_steps(self.cocktail, train if epoch is None else epoch)
-        refuse_maximizing(mix)
-        measure = averaged(loss)
-        run = Run(mix, model, loss=measure, example=x, seed=self.seed, keep=self.keep)
-        prepare = as_reals(mix, kind, model, x, y)
-        optimizer = optimizer_for(self.optimizer, model)
-        with training_mode(model):
-            if len(y) == 1:
-                refuse_single_values(model, x)
-        return Training(run, optimizer, train, valid, measure, rowwise(loss), prepare, self.check_every)
-
-    def again(self, found: Fit, work: Training, start: nn.Module, both: Any, how: str, progress: bool | None) -> Fit:
-        """The same training from the same start, on all rows, for the number that validation has found."""
-        recipe = replace(self, cocktail=without_stopping(self.cocktail), keep=None)
-        anew = recipe.begin(start, both, work.valid, work.train if how == "steps" else None)
-        enough = work.step if found.kept is None else found.kept["step"]
-        steps, told = steps_for(how, enough, work.train, anew.train)
-        with training_mode(start), Progress(steps, "refit", progress) as bar:
-            failed = train_for(anew, steps, bar)
-        if failed:
-            warnings.warn(f"The refit {failed}: the model is the validated one.", GoodfitWarning, stacklevel=3)
-            return found
-        anew.finish()
-        _swap(found.model, start)
-        return replace(found, refit=told, validated=start)
+def _again(recipe: Recipe, found: Fit, work: Training, start: nn.Module, both: Any, how: str) -> Fit:
+    """The same training from the same start, on all rows, for the number that validation has found."""
+    saves = of_refit(recipe.checkpoints)
+    recipe = replace(recipe, cocktail=without_stopping(recipe.cocktail), keep=None, checkpoints=saves)
+    anew = recipe.begin(start, both, work.valid, work.train if how == "steps" else None)
+    enough = work.step if found.kept is None else found.kept["step"]
+    steps, told = steps_for(how, enough, work.train, anew.train)
+    if saves is not None:
+        resume(anew, saves, None)
+    with training_mode(start), Progress(steps, "refit", recipe.progress) as bar, recipe.interrupts(bar) as asked:
+        failed = train_for(anew, steps, bar, asked)
+    if failed:
+        warnings.warn(f"The refit {failed}: the model is the validated one.", GoodfitWarning, stacklevel=3)
+        return found
+    anew.finish()
+    _swap(found.model, start)
+    return replace(found, refit=told, validated=start)
 
 
 def _finished(work: Training) -> Fit:
@@ -193,7 +175,7 @@ def _finished(work: Training) -> Fit:
             f"The validation loss must be finite, got {score} ({work.stopped or 'at the last epoch'}); lower the learning "
             "rate, or look for nan in the data."
         )
-    odd = "" if kept is None else work.otherwise(score, kept)
+    odd = "" if kept is None else otherwise(work.run.model, score, kept)
     if odd:
         warnings.warn(odd, GoodfitWarning, stacklevel=3)
     return _fit_of(work, score, kept)

@@ -43,3 +43,8 @@ class Progress:
         """Show how far it is, and a few words."""
         if self.bar is not None:
             self.bar.update(self.task, completed=completed, told=told)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(line)

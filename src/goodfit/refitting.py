@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.data import (
 from goodfit.cocktail import Cocktail
 from goodfit.data import Batches, Order, batches_of, uncounted
 from goodfit.errors import GoodfitError
-from goodfit.loop import train_steps
+from goodfit.interrupts import Interrupts
 from goodfit.phases import Epoch
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping
@@ -118,17 +117,13 @@ def steps_for(how: str, step: int, before: Any, both: Any) -> tuple[int, str]:
     return steps, f"refit on train and valid for the {passes:g} epochs of the kept weights, which are {steps} steps"
 
 
-def train_for(work: Training, steps: int, bar: Progress) -> str:
+def train_for(work: Training, steps: int, bar: Progress, interrupts: Interrupts) -> str:
     """So many steps and no check; why the weights are of no use, "" where they are."""
-    done = 0
     try:
-        while done < steps:
-            left = steps - done
-            for _ in islice(train_steps(work.run, work.optimizer, work.train, work.prepare), left):
-                done += 1
-                bar.show(done, f"step {done} of {steps}")
+        for step in work.steps(steps, interrupts):
+            bar.show(step, f"step {step} of {steps}")
     except KeyboardInterrupt:
-        return f"was interrupted at step {done} of {steps}"
+        return f"was interrupted at step {work.step} of {steps}"
     return "" if all(bool(p.isfinite().all()) for p in work.run.model.parameters()) else "diverged"
 
 

@@ -52,8 +52,12 @@ class Merged:
         return len(self.loader) - _single(*foreseen)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        held = None
-        for batch in self.loader:
+        held, foreseen = None, _foreseen(self.loader)
+        until = 0 if foreseen is None else foreseen[0] // foreseen[1] - 1  # no look ahead where the next is known to be whole
+        for number, batch in enumerate(self.loader):
+            if number < until:
+                yield batch
+                continue
             if rows_of(batch) == 1 and (rows_of(held) or 0) > 1:
                 held = self._joined(held, batch)
                 continue

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from operator import length_hint
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
+from goodfit.checkpoints.checkpoints import Saving
 from goodfit.data import uncounted
-from goodfit.errors import GoodfitError, listed
+from goodfit.errors import GoodfitError
+from goodfit.feed import Feed, persistent
+from goodfit.interrupts import Interrupts
+from goodfit.learning_rates import Scheduling
 from goodfit.loop import LossFunction, Prepare, evaluate, mean_and_stderr, train_steps
 from goodfit.phases import Finish
 from goodfit.progress import Progress
@@ -20,7 +24,7 @@ from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.stop.criterion import Reason
 from goodfit.stop.gradients import evidence
-from goodfit.tensors import tensors_of
+from goodfit.tally import Tally
 
 __all__ = ["Training"]
 
@@ -31,7 +35,7 @@ class Training:
 
     measure: f(outputs, y) → mean over the rows; rowwise: the loss of each row, where it is known. history: a dict per check.
     stopped: why it ended before the last epoch, "" where it did not; reason: the same in one word. put_back: whether the
-    weights to keep are in the model.
+    weights to keep are in the model. saving: its checkpoints.
     """
 
     run: Run
@@ -42,33 +46,35 @@ class Training:
     rowwise: LossFunction | None
     prepare: Prepare | None
     check_every: int | None = None
+    schedule: Scheduling = field(default_factory=Scheduling)
+    saving: Saving | None = None
     epoch: int = 0
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     reason: Reason | None = None
     put_back: bool = False
-    _total: float | Tensor = 0.0
-    _rows: int = 0
+    _tally: Tally = field(default_factory=Tally)
     _told: dict[str, Any] = field(default_factory=dict)
-    _began: float = field(default_factory=time.perf_counter)
+    _interrupts: Interrupts = field(default_factory=Interrupts)
 
     def __post_init__(self) -> None:
+        self.feed = Feed(self.train)
         looks = self._asked("evidence") or self._averages()
-        if self.check_every and looks and getattr(getattr(self.train, "loader", self.train), "persistent_workers", False):
+        if self.check_every and looks and persistent(self.train):
             raise GoodfitError(
                 "check_every looks at the training data in the middle of an epoch here, for averages or evidence, and workers "
                 "that persist would begin the epoch anew; make the loader with persistent_workers=False."
             )
 
-    def go(self, epochs: int, bar: Progress) -> None:
+    def go(self, epochs: int, bar: Progress, interrupts: Interrupts) -> None:
         """Train until the run does not want to go on, the epochs are over, or Ctrl-C behind the first check."""
+        self._interrupts = interrupts
         try:
-            for self.epoch in range(1, epochs + 1):
-                if not self._go_on(bar):
-                    return
-            if self._rows:  # steps behind the last of every so many
-                self._check(bar)
+            self.stopped, self.reason = self.run.stopped, self.run.reason  # of a training that was saved at its end
+            self._epochs(range(self.epoch + self.feed.over, epochs + 1), bar)
+            if self.saving is not None and self.reason is not Reason.NONFINITE:
+                self.saving.save(self.step)
         except KeyboardInterrupt:
             self._complete()
             if not self.history:
@@ -77,6 +83,41 @@ class Training:
         except BaseException as wrong:
             self._end(f"ended by {type(wrong).__name__} in epoch {self.epoch}", Reason.FAILED)
             raise
+
+    def steps(self, enough: int, interrupts: Interrupts) -> Iterator[int]:
+        """So many steps, and no check."""
+        self._interrupts = interrupts
+        while self.step < enough:
+            for _ in islice(train_steps(self.run, self.optimizer, self.feed, self.prepare), enough - self.step):
+                self.step += 1
+                self.schedule.behind("steps")
+                yield self.step
+                self._between()
+            if self.feed.over:
+                self.schedule.behind("epochs")
+        if self.saving is not None:
+            self.saving.save(self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is between two steps, beside its run, model, optimizer and schedule."""
+        numbers = {name: getattr(self, name) for name in ("epoch", "step", "history")}
+        parts = {"feed": self.feed.state_dict(), "tally": self._tally.state_dict()}
+        return {**numbers, **parts, "batches": self._batches()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        if saved["batches"] != self._batches():
+            raise GoodfitError(
+                f"The checkpoint is of a training on {saved['batches']} batches of train and valid, and here are "
+                f"{self._batches()}; give the same data, in batches of the same size."
+            )
+        self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
+        self._tally.load_state_dict(saved["tally"])
+        self.feed.load_state_dict(saved["feed"])
+
+    def _batches(self) -> list[int | None]:
+        """How many there are in train and valid, where they tell."""
+        return [length_hint(one, -1) for one in (self.train, self.valid)]
 
     def restored(self) -> int | None:
         """The step of the check whose weights an early stopping has put back, None where none has."""
@@ -106,42 +147,50 @@ class Training:
         """What the model scores as it is."""
         return evaluate(self.run.model, self.valid, self.measure)
 
-    def otherwise(self, score: float, row: dict[str, Any]) -> str:
-        """How a score of the model differs from that of its check by more than rounding, and what may be why; "" if not."""
-        types = [p.dtype for p in self.run.model.parameters() if p.is_floating_point()]
-        rounding = max((torch.finfo(kind).eps ** 0.5 for kind in types), default=0.0)
-        said = row["valid_loss"]
-        if not math.isfinite(said) or math.isclose(score, said, rel_tol=rounding, abs_tol=1e-12):
-            return ""
-        known = tensors_of(self.run.model)[1]
-        passing = [name for name, _ in self.run.model.named_buffers() if name not in known]
-        told = f"; not restored, since not persistent: buffer {listed(passing)}" if passing else ""
-        return (
-            f"The model that comes back scores {score:.6g}, and its check in epoch {row['epoch']} said {said:.6g}: validation "
-            "is not the same twice; give data and a model that are (F.dropout and F.scaled_dot_product_attention drop in eval "
-            f"mode too, where a rate is passed{told})."
-        )
+    def _epochs(self, epochs: range, bar: Progress) -> None:
+        if self.stopped:
+            return
+        for self.epoch in epochs:
+            if not self._go_on(bar):
+                return
+        if self._tally.rows:  # steps behind the last of every so many
+            self._check(bar)
 
     def _go_on(self, bar: Progress) -> bool:
         """One epoch with its checks; whether another may follow."""
-        empty = True
-        for loss, rows in train_steps(self.run, self.optimizer, self.train, self.prepare):
-            self._total, self._rows = self._total + loss.double() * rows, self._rows + rows
+        for loss, rows in train_steps(self.run, self.optimizer, self.feed, self.prepare):
+            self._tally.add(loss, rows)
             self.step += 1
-            empty = False
+            self.schedule.behind("steps")
             if self.check_every and self.step % self.check_every == 0 and not self._check(bar):
                 return False
-        if empty:
+            if not self._between():
+                return False
+        if not self.feed.done:
             text = f"train gave no batch in epoch {self.epoch}, as a stream that can be read once"
             if not self.history:
                 raise GoodfitError(f"{text}; give a DataLoader, or a smaller check_every.")
             self._end(text, Reason.FAILED)
             return False
-        return bool(self.check_every) or self._check(bar)
+        self.schedule.behind("epochs")
+        return (bool(self.check_every) or self._check(bar)) and self._between()
+
+    def _between(self) -> bool:
+        """Between two steps: save where it is time to, and hear a signal; whether to go on."""
+        if self._interrupts.asked:
+            if self.saving is not None:
+                self.saving.save(self.step)
+            self._interrupts.pass_on()
+            if not self.history:
+                raise KeyboardInterrupt
+            self._end(f"interrupted in epoch {self.epoch}", Reason.INTERRUPTED)
+        elif self.saving is not None:
+            self.saving(self.step)
+        return not self._interrupts.asked
 
     def _check(self, bar: Progress) -> bool:
         """Score what would be kept, and tell the run; whether to go on."""
-        train_loss = float(self._total / self._rows)
+        train_loss = self._tally.mean
         with self.run.view(uncounted(self.train)):
             score, stderr = mean_and_stderr(self.run.model, self.valid, self.measure, self.rowwise)
             self._refuse_unknown(stderr)
@@ -154,8 +203,9 @@ class Training:
                 "stderr": stderr,
             }
             go_on = self.run.epoch(score, train_loss=train_loss, stderr=stderr, evidence=noise)
+            self.schedule.behind("checks", score)
         self._write()
-        self._total, self._rows, self._began = 0.0, 0, time.perf_counter()
+        self._tally = Tally()
         bar.tell(self.history[-1])
         if not go_on:
             self._end(self.run.stopped, self.run.reason)
@@ -168,7 +218,7 @@ class Training:
         left = [n for one, state in self.run.states(EarlyStopping) if (n := one.patience_left(state)) is not None]
         scores = [row["valid_loss"] for row in [*self.history, self._told]]
         row = self._told | {"penalty": self.run.penalty(), "best": min(filter(math.isfinite, scores), default=math.inf)}
-        self.history.append(row | {"patience_left": min(left, default=None), "seconds": time.perf_counter() - self._began})
+        self.history.append(row | {"patience_left": min(left, default=None), "seconds": self._tally.seconds})
 
     def _complete(self) -> None:
         """Ctrl-C may come between the hearing of a check and its row: what is kept must be in the history."""

@@ -1,0 +1,73 @@
+"""How a model is trained, whatever it is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from goodfit.batchnorms.present import by_batch
+from goodfit.checkpoints.checkpoints import Checkpoints
+from goodfit.cocktail import Cocktail
+from goodfit.data import peek, to_device
+from goodfit.interrupts import Interrupts
+from goodfit.learning_rates import MakeScheduler, scheduling
+from goodfit.loop import LossFunction
+from goodfit.losses import loss_of, rowwise, task_of
+from goodfit.preparation import MakeOptimizer, as_reals, averaged, in_steps, optimizer_for, refuse_maximizing
+from goodfit.progress import Progress
+from goodfit.regularizers.batchnorm import BatchNorm
+from goodfit.run import Run
+from goodfit.small_batches import merged_for_norms, refuse_single_values
+from goodfit.surgery.running import training as training_mode
+from goodfit.training import Training
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained, whatever it is trained on."""
+
+    cocktail: Cocktail
+    loss: LossFunction | None
+    task: str | None
+    optimizer: Optimizer | MakeOptimizer | None
+    scheduler: LRScheduler | MakeScheduler | None
+    scheduler_unit: str
+    seed: int
+    home: torch.device
+    check_every: int | None
+    keep: str | Path | None
+    checkpoints: Checkpoints | None
+    progress: bool | None
+
+    def begin(self, model: nn.Module, train: Any, valid: Any, epoch: Any = None) -> Training:
+        """Build the model and all beside it. epoch: batches whose number is the length of an epoch for schedules."""
+        torch.manual_seed(self.seed)
+        x, y = to_device(peek(train), self.home)
+        kind = self.task if self.task is not None else "" if self.loss is not None else task_of(y)
+        loss = self.loss or loss_of(kind)
+        with training_mode(model):
+            if by_batch(model) or any(self.cocktail.of(BatchNorm)):
+                train = merged_for_norms(train, "train")
+        mix = in_steps(self.cocktail, train if epoch is None else epoch)
+        refuse_maximizing(mix)
+        measure = averaged(loss)
+        run = Run(mix, model, loss=measure, example=x, seed=self.seed, keep=self.keep)
+        prepare = as_reals(mix, kind, model, x, y)
+        optimizer = optimizer_for(self.optimizer, model)
+        with training_mode(model):
+            if len(y) == 1:
+                refuse_single_values(model, x)
+        schedule = scheduling(self.scheduler, self.scheduler_unit, optimizer)
+        return Training(run, optimizer, train, valid, measure, rowwise(loss), prepare, self.check_every, schedule)
+
+    def interrupts(self, bar: Progress) -> Interrupts:
+        """What hears Ctrl-C while it trains."""
+        return Interrupts(terminate=self.checkpoints is not None, tell=bar.say)

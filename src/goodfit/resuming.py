@@ -1,0 +1,56 @@
+"""A fit that is saved, and goes on where it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from goodfit.checkpoints.checkpoints import Checkpoints
+from goodfit.checkpoints.randomness import Randomness
+from goodfit.errors import GoodfitError
+from goodfit.feed import generators, persistent
+from goodfit.training import Training
+
+__all__ = ["as_checkpoints", "of_refit", "resume"]
+
+
+def as_checkpoints(given: Any, keep: Any) -> Checkpoints | None:
+    """How to save: a folder, or all that `Checkpoints` takes."""
+    if given is None:
+        return None
+    if keep is not None:
+        raise GoodfitError(
+            "Checkpoints hold the best weights too, and a file of keep= would run ahead of them; leave keep out."
+        )
+    if not isinstance(given, Checkpoints | str | Path):
+        raise GoodfitError(f"checkpoints must be a folder or gf.Checkpoints(folder, ...), got a {type(given).__name__}.")
+    return given if isinstance(given, Checkpoints) else Checkpoints(given)
+
+
+def of_refit(checkpoints: Checkpoints | None) -> Checkpoints | None:
+    """Those of the refit, within the folder."""
+    return None if checkpoints is None else replace(checkpoints, folder=Path(checkpoints.folder) / "refit")
+
+
+def resume(work: Training, checkpoints: Checkpoints, start: nn.Module | None) -> int:
+    """Save a training from here on, and go on where it is saved already; the step of that, 0 where it begins.
+
+    start: the model from which a refit begins, which a new process would make with other numbers.
+    """
+    for name, batches in (("train", work.train), ("valid", work.valid)):
+        if persistent(batches):
+            raise GoodfitError(
+                f"Workers of {name} that persist draw on from one epoch into the next, which cannot be found again; make the "
+                "loader with persistent_workers=False, or leave checkpoints out."
+            )
+    parts = {"model": work.run.model, "optimizer": work.optimizer, "run": work.run, "scheduler": work.schedule.scheduler}
+    given = {name: part for name, part in (parts | {"start": start}).items() if part is not None}
+    randomness = Randomness(*generators(work.train, work.valid))
+    work.saving = checkpoints.watch(**given, training=work, randomness=randomness)
+    step = work.saving.restore()
+    if step and work.schedule.scheduler is not None:
+        work.optimizer._opt_called = True  # type: ignore[attr-defined]  # in another process: the scheduler need not warn
+    return step
