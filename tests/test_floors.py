@@ -45,7 +45,7 @@ FLOORS = [
     {"fitting", "recipe", "refitting", "resuming"},
     {"tabular", "report"},
     {"paths"},
-    {"job", "manual"},
+    {"job", "manual", "results", "terminal"},
     {"cli", "adapters"},
     {"__init__", "__main__"},
 ]

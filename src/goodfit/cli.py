@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from goodfit.defaults import COCKTAIL
+from goodfit.terminal import command, explain, fail, free_folder, printable, tell, write_csv
 
 __all__ = ["main"]
+
+TABLE = "A table: .csv .tsv .parquet .feather .arrow, or .npz with X and y."
 
 app = typer.Typer(
     help="Neither overfit nor underfit: regularized PyTorch networks, and what regularization did.",
@@ -22,15 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _tell(line: str) -> None:
-    typer.echo(_printable(line), err=True)
-
-
-def _printable(line: str) -> str:
-    """One line, without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else "�" for c in line)
 
 
 def _version(asked: bool) -> None:
@@ -53,8 +46,9 @@ def _goodfit(
 
 @app.command()
 def fit(
-    data: Annotated[Path, typer.Argument(help="A table: .csv .tsv .parquet .feather .arrow, or .npz with X and y.")],
-    target: Annotated[str, typer.Option(help="The column to predict.")],
+    context: typer.Context,
+    data: Annotated[Path | None, typer.Argument(help=TABLE)] = None,
+    target: Annotated[str | None, typer.Option(help="The column to predict.")] = None,
     cocktail: Annotated[str, typer.Option(help="The regularizers; goodfit list shows all.")] = COCKTAIL,
     out: Annotated[Path | None, typer.Option(help="The run folder to make [default: DATA-run, or DATA-run-2, ...].")] = None,
     task: Annotated[str | None, typer.Option(help="classes or numbers [default: by the target's values].")] = None,
@@ -69,9 +63,11 @@ def fit(
     numbers: Annotated[list[str] | None, typer.Option(help="A column to read as numbers; may be repeated.")] = None,
     drop: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be repeated.")] = None,
     encoding: Annotated[str, typer.Option(help="Of a text file.")] = "utf-8",
+    resume: Annotated[Path | None, typer.Option(help="A run folder whose training goes on; alone.", metavar="RUN")] = None,
 ) -> None:
     """Fit a network on a table; write a run folder and a report."""
-    from goodfit.job import Settings, fit_table
+    from goodfit.job import Settings, fit_table, resume_table
+    from goodfit.results import score_lines
 
     reading: dict[str, Any] = {"encoding": encoding, "missing": missing, "text": text, "numbers": numbers, "drop": drop}
     settings = Settings(
@@ -82,26 +78,25 @@ def fit(
         device=device,
         threads=threads,
         reading={key: value for key, value in reading.items() if value},
-        command=_command(),
+        command=command(),
         check_every=check_every,
         refit=refit,
     )
-    folder = out if out is not None else _free(data)
+    _refuse_beside(context, resume, data, target)
+    folder = resume or out or free_folder(data or Path())
     try:
-        report = fit_table(data, target, folder, settings, _tell)
+        report = resume_table(folder, tell) if data is None else fit_table(data, str(target), folder, settings, tell)
     except KeyboardInterrupt as ended:
-        _fail(f"{str(ended) or 'interrupted'}; nothing was written", 130)
-    found = report["scores"]
-    others = {"valid, bare network": found["bare"].get("valid", {}), "test, refit": found["refit"].get("test", {})}
-    told = found["regularized"] | {part: scores for part, scores in others.items() if scores}
-    for part, scores in told.items():
-        typer.echo(f"{part:20}" + "".join(f"  {name} {value:.4g}" for name, value in scores.items()))
-    typer.echo(f"run folder {_printable(str(folder))}, report {_printable(str(folder / 'report.html'))}")
+        left = f"goodfit fit --resume {folder} goes on" if folder.exists() else "nothing was written"
+        fail(f"{str(ended) or 'interrupted'}; {left}", 130)
+    for line in score_lines(report):
+        typer.echo(line)
+    typer.echo(f"run folder {printable(str(folder))}, report {printable(str(folder / 'report.html'))}")
 
 
 @app.command()
 def path(
-    data: Annotated[Path, typer.Argument(help="A table: .csv .tsv .parquet .feather .arrow, or .npz with X and y.")],
+    data: Annotated[Path, typer.Argument(help=TABLE)],
     target: Annotated[str, typer.Option(help="The column to predict.")],
     model: Annotated[str, typer.Option(help="network or linear.")] = "network",
     over: Annotated[str | None, typer.Option(help="The regularizer [default: whole inputs of a network, else L1].")] = None,
@@ -132,12 +127,12 @@ def path(
         seed=seed,
         threads=threads,
         reading={key: value for key, value in reading.items() if value},
-        command=_command(),
+        command=command(),
     )
-    folder = out if out is not None else _free(data, "path")
-    for line in lines(path_of_table(data, target, folder, settings, _tell)):
-        typer.echo(_printable(line))
-    typer.echo(f"path folder {_printable(str(folder))}, page {_printable(str(folder / 'path.html'))}")
+    folder = out if out is not None else free_folder(data, "path")
+    for line in lines(path_of_table(data, target, folder, settings, tell)):
+        typer.echo(printable(line))
+    typer.echo(f"path folder {printable(str(folder))}, page {printable(str(folder / 'path.html'))}")
 
 
 @app.command()
@@ -152,9 +147,9 @@ def predict(
 
     if output.exists() and data.exists() and output.samefile(data):
         raise GoodfitError(f"-o must not be the table itself, got {str(output)!r}; give another file.")
-    table = predict_table(run, data, _tell)
-    _write_csv(table, output)
-    typer.echo(f"{table.num_rows} predictions in {_printable(str(output))}")
+    table = predict_table(run, data, tell)
+    write_csv(table, output)
+    typer.echo(f"{table.num_rows} predictions in {printable(str(output))}")
 
 
 @app.command()
@@ -162,7 +157,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder that goodfit f
     """Draw a run folder's report.html anew."""
     from goodfit.job import write_report
 
-    typer.echo(_printable(str(write_report(run))))
+    typer.echo(printable(str(write_report(run))))
 
 
 @app.command("list")
@@ -176,40 +171,16 @@ def list_() -> None:
         typer.echo(line)
 
 
-def _command() -> str:
-    import shlex
-
-    return shlex.join(["goodfit", *(a for a in sys.argv[1:] if a != "--debug")])
-
-
-def _free(data: Path, kind: str = "run") -> Path:
-    """DATA-run in this folder, or the first of DATA-run-2, -3, ... that is free; or DATA-path."""
-    stem = data.name.split(".")[0] or "table"
-    names = (f"{stem}-{kind}{end}" for end in ("", *(f"-{i}" for i in range(2, 10_000))))
-    return next(Path(name) for name in names if not Path(name).exists())
-
-
-def _write_csv(table: Any, output: Path) -> None:
-    from pyarrow.csv import write_csv
-
+def _refuse_beside(context: typer.Context, resume: Path | None, data: Path | None, target: str | None) -> None:
+    """A training that goes on has its settings; one that begins needs a table and its target."""
     from goodfit.errors import GoodfitError
 
-    whole = output.exists() and not output.is_file()  # a device such as /dev/stdout cannot be replaced
-    draft = output if whole else output.parent / f".{output.name}.{os.getpid()}.draft"
-    try:
-        write_csv(table, draft)
-        if draft != output:
-            draft.replace(output)
-    except OSError as wrong:
-        raise GoodfitError(f"{str(output)!r} cannot be written: {wrong.strerror or wrong}; give another -o.") from None
-    finally:
-        if draft != output:
-            draft.unlink(missing_ok=True)
-
-
-def _fail(line: str, code: int) -> NoReturn:
-    _tell(f"goodfit: {line}")
-    sys.exit(code)
+    said = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    beside = [name for name in said if name != "resume"]
+    if resume is not None and beside:
+        raise GoodfitError(f"--resume takes all settings from its run folder, got {beside[0]} too; leave it out.")
+    if resume is None and (data is None or target is None):
+        raise GoodfitError(f"fit needs {'a table' if data is None else '--target, the column to predict'}, or --resume RUN.")
 
 
 def main() -> None:
@@ -221,26 +192,12 @@ def main() -> None:
     except Exception as wrong:
         if debug:
             raise
-        _explain(wrong)
+        explain(wrong)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        fail("interrupted", 130)
     if code == 130:
-        _fail("interrupted", 130)
+        fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _explain(wrong: Exception) -> NoReturn:
-    from typer import Abort
-
-    from goodfit.errors import GoodfitError
-
-    if isinstance(wrong, Abort):
-        _fail("interrupted", 130)
-    if isinstance(wrong, GoodfitError):
-        _fail(str(wrong), 2)
-    if hasattr(wrong, "format_message"):
-        _fail(f"{' '.join(wrong.format_message().split()).rstrip('.')}. See goodfit --help.", 2)
-    _fail(f"{type(wrong).__name__}: {str(wrong).splitlines()[0] if str(wrong) else ''} (--debug shows where)", 1)
 
 
 if __name__ == "__main__":

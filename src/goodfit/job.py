@@ -2,89 +2,91 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from datetime import datetime
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from goodfit.cocktail import Cocktail, parse
-from goodfit.defaults import COCKTAIL, DEPTH, WIDTH
+from goodfit.defaults import DEPTH, WIDTH
 from goodfit.errors import GoodfitError
 from goodfit.fitting import Fit, fit
 from goodfit.losses import loss_of
 from goodfit.preparation import refuse_maximizing
-from goodfit.report.evidence import weights_of
 from goodfit.report.render import render
+from goodfit.results import identity, results, save_test_predictions
 from goodfit.stop.criterion import Reason
-from goodfit.tabular.folder import claim, load_predictor, read_json, save_predictor, write_json, written_whole
+from goodfit.tabular.folder import claim, completed, load_predictor, read_json, save_predictor, write_json
 from goodfit.tabular.network import mlp, outputs_of, pinned
 from goodfit.tabular.prepare import Data, prepare
 from goodfit.tabular.read import read
+from goodfit.tabular.settings import Settings
+from goodfit.tabular.unfinished import asked, begin, checkpoints_of, forget
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Settings", "fit_table", "predict_table", "write_report"]
+__all__ = ["Settings", "fit_table", "predict_table", "resume_table", "write_report"]
 
-PARTS = ("train", "valid", "test")
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to read the table and how to train. reading: what `read` takes. command: what the user typed.
-
-    threads: of torch; one is quick for networks of this size, and two busy processes of two threads each ruin each other.
-    """
-
-    cocktail: str = COCKTAIL
-    task: str | None = None
-    epochs: int = 200
-    seed: int = 0
-    device: str = "cpu"
-    threads: int = 1
-    reading: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-    progress: bool | None = None
-    check_every: int | None = None
-    refit: str | None = None
 
 
 def fit_table(path: Path, target: str, out: Path, settings: Settings, tell: Tell) -> dict[str, Any]:
     """Fit a network on the table in `path`, write the run folder `out`, and return what the report knows."""
-    started = time.perf_counter()
     claim(out)
-    cocktail = parse(settings.cocktail)
-    _check(settings, cocktail)
-    data = prepare(path, target, settings.task, settings.seed, settings.reading, tell)
+    data = _prepared(path, target, settings, tell)
+    begin(out, path, target, settings)
+    try:
+        found = _regularized(data, settings, out)
+    except (GoodfitError, KeyboardInterrupt):
+        forget(out)
+        raise
+    return _written(path, data, found, out, settings, tell)
+
+
+def resume_table(out: Path, tell: Tell) -> dict[str, Any]:
+    """The same for a run folder whose training has not ended."""
+    path, target, settings = asked(out)
+    data = _prepared(path, target, settings, tell)
+    found = _regularized(data, settings, out)
+    if found.resumed:
+        tell(f"went on from step {found.resumed}")
+    return _written(path, data, found, out, settings, tell)
+
+
+def _prepared(path: Path, target: str, settings: Settings, tell: Tell) -> Data:
+    _check(settings, parse(settings.cocktail))
+    return prepare(path, target, settings.task, settings.seed, settings.reading, tell)
+
+
+def _regularized(data: Data, settings: Settings, out: Path) -> Fit:
     with pinned(settings.threads):
-        found = _train(data, cocktail, settings, settings.epochs)
-        epochs = found.history[-1]["epoch"]
-        for line in _ending(found, "in" if settings.check_every else "after"):
-            tell(line)
-        bare = None
-        if found.reason is not Reason.INTERRUPTED:
+        return _train(data, parse(settings.cocktail), settings, settings.epochs, checkpoints_of(out, "regularized"))
+
+
+def _written(path: Path, data: Data, found: Fit, out: Path, settings: Settings, tell: Tell) -> dict[str, Any]:
+    """The bare network, to compare, then the run folder."""
+    for line in _ending(found, "in" if settings.check_every else "after"):
+        tell(line)
+    bare, interrupted = None, found.reason is Reason.INTERRUPTED
+    with pinned(settings.threads):
+        if not interrupted:
             tell("the same network bare, to compare")
-            bare = _bare(data, replace(settings, refit=None), epochs, tell)
-        story = _identity(path, data, cocktail, settings)
-        report = story | _results(data, found, bare) | {"cocktail": str(cocktail), "cocktail_repr": repr(cocktail)}
-        report["seconds"] = round(time.perf_counter() - started, 2)
-        with written_whole(out) as folder:
-            save_predictor(
-                folder, found.model, data.encoder, data.answers, story | {"refit": found.refit, "scores": report["scores"]}
-            )
-            _save_test_predictions(folder / "test_predictions.csv", data, found)
+            bare, interrupted = _bare(data, settings, found.history[-1]["epoch"], out, tell)
+        cocktail = parse(settings.cocktail)
+        story = identity(path, data, cocktail, settings)
+        report = story | results(data, found, bare) | {"cocktail": str(cocktail), "cocktail_repr": repr(cocktail)}
+        about = story | {"refit": found.refit, "scores": report["scores"]}
+        with completed(out) as folder:
+            save_predictor(folder, found.model, data.encoder, data.answers, about)
+            save_test_predictions(folder / "test_predictions.csv", data, found)
             write_json(folder / "history.json", report["history"])
             write_json(folder / "report.json", report)
             (folder / "report.html").write_text(render(report), encoding="utf-8")
+    if not interrupted:
+        forget(out)
     return report
 
 
@@ -122,7 +124,7 @@ def _check(settings: Settings, cocktail: Cocktail) -> None:
         raise GoodfitError(f"device must be one that torch has here, got {settings.device!r} ({why}); say cpu.") from None
 
 
-def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int) -> Fit:
+def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int, saves: Path) -> Fit:
     x, y = data.part("train")
     model = mlp(x.shape[1], data.answers.outputs, width=WIDTH, depth=DEPTH, seed=settings.seed)
     rows = len(y)
@@ -139,6 +141,7 @@ def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int) -> F
         progress=settings.progress,
         check_every=settings.check_every,
         refit=settings.refit,
+        checkpoints=saves,
     )
     for trained in filter(None, (found.model, found.validated)):
         trained.to("cpu")  # scores and predictions are the bits that `predict` will give
@@ -160,88 +163,17 @@ def _ending(found: Fit, at: str) -> Iterator[str]:
         yield found.refit
 
 
-def _bare(data: Data, settings: Settings, epochs: int, tell: Tell) -> Fit | None:
+def _bare(data: Data, settings: Settings, epochs: int, out: Path, tell: Tell) -> tuple[Fit | None, bool]:
+    """The same network without a cocktail, None where it gives no comparison; and whether it was interrupted."""
     try:
-        bare = _train(data, Cocktail(), settings, epochs)
+        bare = _train(data, Cocktail(), replace(settings, refit=None), epochs, checkpoints_of(out, "bare"))
         if not bare.stopped:
-            return bare
+            return bare, False
         tell(f"without a comparison: the bare network ended early, {bare.stopped}")
-        return None
+        return None, bare.reason is Reason.INTERRUPTED
     except KeyboardInterrupt:
         tell("without a comparison: the bare network was interrupted")
-        return None
+        return None, True
     except GoodfitError as wrong:
         tell(f"the bare network diverged: {wrong}")
-        return None
-
-
-def _identity(path: Path, data: Data, cocktail: Cocktail, settings: Settings) -> dict[str, Any]:
-    """What was done, before anything is known of how it went."""
-    target = data.answers.target
-    return {
-        "title": path.name,
-        "command": settings.command,
-        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "task": target.task,
-        "target": target.name,
-        "classes": None if target.classes is None else [str(c) for c in target.classes],
-        "cocktail": repr(cocktail),
-        "network": {"inputs": data.x.shape[1], "outputs": data.answers.outputs, "width": WIDTH, "depth": DEPTH},
-        "seed": settings.seed,
-        "threads": settings.threads,
-        "check_every": settings.check_every,
-        "reading": {key: list(v) if isinstance(v, tuple) else v for key, v in settings.reading.items()},
-        "rows": data.parts.sizes,
-        "versions": {name: version(name) for name in ("goodfit", "torch", "numpy", "scikit-learn", "pyarrow")}
-        | {"python": platform.python_version()},
-    }
-
-
-def _results(data: Data, found: Fit, bare: Fit | None) -> dict[str, Any]:
-    """What came of it; here alone the test part is scored."""
-    validated = found.validated or found.model  # a refit network has seen the validation part
-    last = found.history[-1]
-    kept = found.kept or {"epoch": None, "step": None}
-    return {
-        "network": "MLP " + " → ".join(map(str, [data.x.shape[1], *[WIDTH] * DEPTH, data.answers.outputs])),
-        "duplicates": data.duplicates,
-        "columns": [c.to_json() for c in data.columns],
-        "notes": data.notes,
-        "metric": data.answers.metric,
-        "scores": {
-            "regularized": {part: _scores(data, validated, part) for part in PARTS},
-            "bare": {} if bare is None else {part: _scores(data, bare.model, part) for part in ("train", "valid")},
-            "refit": {"test": _scores(data, found.model, "test")} if found.refit else {},
-        },
-        "baseline": {"valid": _baseline(data)},
-        "history": {"regularized": found.history, "bare": [] if bare is None else bare.history},
-        **{f"{name}_{unit}": row[unit] for name, row in (("best", kept), ("stop", last)) for unit in ("epoch", "step")},
-        "stopped": found.stopped,
-        "reason": None if found.reason is None else found.reason.value,
-        "refit": found.refit,
-        "parameters": sum(p.numel() for p in found.model.parameters()),
-        "weights": weights_of(found.model, bare.model if bare is not None else None),
-    }
-
-
-def _scores(data: Data, model: nn.Module, part: str) -> dict[str, float]:
-    x, y = data.part(part)
-    return data.answers.scores(outputs_of(model, x), y)
-
-
-def _baseline(data: Data) -> dict[str, float]:
-    """Scores of saying the same of every row: the class shares, or the mean, of the training part."""
-    y, (x, valid) = data.part("train")[1], data.part("valid")
-    if data.answers.target.classes is None:
-        return data.answers.scores(np.zeros((len(valid), 1)), valid)
-    shares = np.bincount(y, minlength=data.answers.outputs) / len(y)
-    return data.answers.scores(np.tile(np.log(np.maximum(shares, 1e-12)), (len(x), 1)), valid)
-
-
-def _save_test_predictions(path: Path, data: Data, found: Fit) -> None:
-    import pyarrow as pa
-    from pyarrow.csv import write_csv
-
-    x, _ = data.part("test")
-    table = data.answers.decode(outputs_of(found.model, x))
-    write_csv(table.add_column(0, "row", pa.array(data.rows[data.parts.test])), path)
+        return None, False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +14,29 @@ from typing import Any
 from torch import nn
 
 from goodfit.cocktail import Cocktail, parse
+from goodfit.durable import draft_of, synced, whole_folder
 from goodfit.errors import GoodfitError, nearest
 from goodfit.phases import Build
 from goodfit.tabular.answers import Answers
 from goodfit.tabular.encode import Encoder
 from goodfit.tabular.network import mlp
 
-__all__ = ["FORMAT", "claim", "load_predictor", "read_json", "save_predictor", "write_json", "written_whole"]
+__all__ = [
+    "FORMAT",
+    "TRAINING",
+    "claim",
+    "completed",
+    "load_predictor",
+    "read_json",
+    "refused",
+    "save_predictor",
+    "write_json",
+    "written_whole",
+]
 
 FORMAT = 1
 RUN, PREPROCESSING, WEIGHTS = "run.json", "preprocessing.json", "weights.safetensors"
+TRAINING = "training"
 
 
 def claim(out: Path) -> Path:
@@ -34,11 +46,15 @@ def claim(out: Path) -> Path:
             f"The run folder must not climb by '..', got {str(out)!r}; give an absolute path, or one below here."
         )
     try:
+        if (out / TRAINING).is_dir():
+            raise GoodfitError(
+                f"The training of {str(out)!r} has not ended; goodfit fit --resume {out} goes on, or give another --out."
+            )
         if out.exists() or out.is_symlink():
             raise GoodfitError(f"The run folder {str(out)!r} exists already; give another --out, or remove it.")
         if not out.absolute().parent.is_dir():
             raise GoodfitError(f"The run folder {str(out)!r} needs a folder to be in, which does not exist; make it first.")
-        probe = _draft(out)
+        probe = draft_of(out)
         probe.mkdir()
         probe.rmdir()
     except OSError as wrong:
@@ -46,24 +62,38 @@ def claim(out: Path) -> Path:
     return out
 
 
-def _draft(out: Path) -> Path:
-    return out.absolute().parent / f".{out.name}.{os.getpid()}.draft"
-
-
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` at the end; after an error nothing is left of it."""
-    draft = _draft(out)
+    try:
+        with whole_folder(out) as draft:
+            yield draft
+    except OSError as wrong:
+        raise refused(out, wrong) from None
+
+
+@contextmanager
+def completed(out: Path) -> Iterator[Path]:
+    """A folder to write into, whose files go into `out` at the end, that which makes it a run folder last of all."""
+    draft = draft_of(out / "results")
     try:
         draft.mkdir()
         yield draft
-        draft.rename(out.absolute())
+        (out / RUN).unlink(missing_ok=True)
+        for part in sorted(draft.iterdir(), key=lambda part: part.name == RUN):
+            synced(part)
+            part.replace(out / part.name)
+        synced(out)
     except OSError as wrong:
-        raise GoodfitError(
-            f"The run folder {str(out)!r} cannot be written: {wrong.strerror or wrong}; nothing is left of it."
-        ) from None
+        raise refused(out, wrong) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def refused(out: Path, wrong: OSError) -> GoodfitError:
+    """What a disk that does not take a folder is told as."""
+    left = f"its training is: goodfit fit --resume {out}" if (out / TRAINING).is_dir() else "nothing is left of it"
+    return GoodfitError(f"The run folder {str(out)!r} cannot be written: {wrong.strerror or wrong}; {left}.")
 
 
 def save_predictor(folder: Path, model: nn.Module, encoder: Encoder, answers: Answers, about: dict[str, Any]) -> None:
@@ -139,7 +169,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise GoodfitError(f"{str(path.parent)!r} is not a run folder: it has no {path.name}.") from None
+        unfinished = (path.parent / TRAINING).is_dir()
+        cure = f"; its training has not ended: goodfit fit --resume {path.parent}" if unfinished else ""
+        raise GoodfitError(f"{str(path.parent)!r} is not a run folder: it has no {path.name}{cure}.") from None
     except (OSError, ValueError, RecursionError) as wrong:
         raise GoodfitError(f"{path} cannot be read as JSON ({wrong}); fit again.") from None
     if not isinstance(value, dict):
