@@ -32,7 +32,9 @@ def begin(out: Path, table: Path, target: str, settings: Settings) -> None:
 
 def asked(out: Path) -> tuple[Path, str, Settings]:
     """The table, the target and the settings of a training that goes on; the table must be as it was."""
-    if out.is_dir() and not (out / TRAINING).is_dir():
+    if not out.is_dir():
+        raise GoodfitError(f"There is no run folder {str(out)!r} to resume; fit a table first.")
+    if not (out / TRAINING).is_dir():
         raise GoodfitError(f"The training of {str(out)!r} has ended, and there is nothing to resume; fit into another --out.")
     said = read_json(out / TRAINING / ASKED)
     try:
