@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import goodfit as gf
-from goodfit.loop import train_epoch
 from goodfit.losses import loss_of
+from goodfit.stepping import Stepping
 from goodfit.tabular.network import mlp
 from goodfit.tabular.prepare import prepare
 
@@ -80,7 +80,7 @@ def curve(folder: Path, name: str, setup: str, seed: int) -> list[dict[str, Any]
         index = torch.split(torch.randperm(len(y), generator=order), BATCH)
         batches = [(x[rows], y[rows]) for rows in index if len(rows) > 1]
         row: dict[str, Any] = {"table": name, "setup": setup, "seed": seed, "epoch": epoch, "steps": epoch * len(batches)}
-        row["train"] = train_epoch(run, optimizer, batches, None)
+        row["train"] = Stepping(run, optimizer).epoch(batches)
         valid = by_row(model, parts["valid"], task)
         row |= {"valid": float(valid.mean()), "stderr": float(valid.std() / len(valid) ** 0.5)}
         row["held_out"] = float(by_row(model, parts["held-out"], task).mean())

@@ -219,16 +219,19 @@ def test_an_interrupt_ends_it_with_the_best_so_far() -> None:
 def test_a_diverged_training_gives_the_best_back_or_an_error() -> None:
     def nan_from(call: int) -> Callable[[Tensor, Tensor], Tensor]:
         seen = iter(range(10**6))
-        return lambda outputs, y: F.mse_loss(outputs[:, 0], y) * (math.nan if next(seen) in range(call, call + 6) else 1.0)
+        return lambda outputs, y: F.mse_loss(outputs[:, 0], y) * (math.nan if next(seen) == call else 1.0)
 
     found = short(net(), loss=nan_from(12), cocktail=EarlyStopping(9), epochs=50)
-    assert found.stopped == "the training loss became nan in epoch 3"
-    assert len(found.history) == 3
-    assert found.score == found.history[1]["best"] == found.history[2]["best"]
+    told = "step 9 is not finite: the loss is nan, of outputs that are finite; the step was not taken"
+    assert (found.stopped, found.reason) == (told, gf.stop.Reason.NONFINITE)
+    assert len(found.history) == 2
+    assert found.score == found.history[1]["best"]
     assert all(p.isfinite().all() for p in found.model.parameters())
-    with pytest.raises(GoodfitError, match=r"must be finite, got nan \(the training loss became nan in epoch 3\); lower the"):
-        short(net(), loss=nan_from(12), epochs=50)
-    with pytest.raises(GoodfitError, match="in epoch 1"):
+    assert short(net(), loss=nan_from(12), epochs=50).stopped == told
+    with pytest.raises(GoodfitError, match=told) as caught:
+        short(net(), loss=nan_from(12), cocktail=EarlyStopping(9), epochs=50, nonfinite="raise")
+    assert caught.value.result.kept["step"] == found.kept["step"]
+    with pytest.raises(GoodfitError, match="step 1 is not finite: x has inf in 8 of its rows, the first of them row 0"):
         short(net(), train=(X[:30] * math.inf, NUMBERS[:30]))
 
 

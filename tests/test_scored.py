@@ -387,11 +387,11 @@ def test_evidence_is_of_the_weights_that_are_scored_and_stops() -> None:
     assert found.kept is found.history[-1]
 
 
-def test_a_rollback_goes_on_from_the_best_with_what_is_finite() -> None:
+def test_a_rollback_goes_on_from_the_best() -> None:
     calls = iter(range(10**6))
 
     def loss(outputs: Tensor, y: Tensor) -> Tensor:
-        spoiled = outputs.requires_grad and next(calls) == 9  # in the third epoch
+        spoiled = not outputs.requires_grad and next(calls) == 4  # in the third check
         return F.mse_loss(outputs[:, 0], y) * (math.nan if spoiled else 1.0)
 
     adam = partial(torch.optim.Adam, lr=0.05)
@@ -552,7 +552,7 @@ def test_what_cannot_be_refit_is_refused_before_anything_is_trained(how: dict[st
     assert same(model.state_dict(), before)
 
 
-@pytest.mark.parametrize(("act", "what"), [(ctrl_c, "was interrupted at step 3 of 12"), (None, "diverged")])
+@pytest.mark.parametrize(("act", "what"), [(ctrl_c, "was interrupted at step 3 of 12"), (None, "diverged .*")])
 def test_a_refit_that_fails_leaves_the_validated_model(act: Any, what: str) -> None:
     steps = iter(range(10**6))
 
@@ -560,7 +560,7 @@ def test_a_refit_that_fails_leaves_the_validated_model(act: Any, what: str) -> N
         late = outputs.requires_grad and next(steps) == 14  # behind the 12 of the training
         if late and act is not None:
             act()
-        return F.mse_loss(outputs[:, 0], y) * (math.nan if late else 1.0)
+        return F.mse_loss(outputs[:, 0], y) * (math.nan if late and act is None else 1.0)
 
     model = net()
     with pytest.warns(GoodfitWarning, match=f"The refit {what}: the model is the validated one"):
@@ -646,10 +646,10 @@ def test_what_is_not_finite_at_the_end_has_the_result_too() -> None:
     calls = iter(range(10**6))
 
     def loss(outputs: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(outputs[:, 0], y) * (math.nan if outputs.requires_grad and next(calls) == 9 else 1.0)
+        return F.mse_loss(outputs[:, 0], y) * (math.nan if not outputs.requires_grad and next(calls) >= 4 else 1.0)
 
     with pytest.raises(GoodfitError, match="must be finite, got nan") as caught:
-        short(net(), loss=loss)
+        short(net(), loss=loss, epochs=3)
     assert [math.isfinite(row["valid_loss"]) for row in caught.value.result.history] == [True, True, False]
     assert math.isnan(caught.value.result.score)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from goodfit.batchnorms.variance_shift import VarianceShift as VarianceShift, variance_shift as variance_shift
     from goodfit.checkpoints.checkpoints import Checkpoints as Checkpoints
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
+    from goodfit.compute import Compute as Compute
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.explanation import Explanation as Explanation, explain as explain
     from goodfit.fitting import Fit as Fit, fit as fit
@@ -65,6 +66,7 @@ _MODULES = ("convert", "factors", "groups", "hyper", "phases", "schedules", "sto
 _NAMES = {
     "Checkpoints": "checkpoints.checkpoints",
     "Cocktail": "cocktail",
+    "Compute": "compute",
     "Converted": "batchnorms.convert",
     "Explanation": "explanation",
     "Fit": "fitting",

@@ -18,7 +18,7 @@ __all__ = ["Feed", "generators", "persistent"]
 
 
 class Feed:
-    """Iterate for the batches of an epoch; `state_dict` between two of them says where it is.
+    """Iterate for the batches of an epoch; `state_dict` between two of them says where it is. over: whether it has ended.
 
     An epoch is found again by beginning it with the generators as they were, and drawing its batches up to there once more:
     this serves every loader whose order and augmentation come from generators. number: of the epoch, from 1.
@@ -40,7 +40,6 @@ class Feed:
         for batch in batches:
             self.done, self._last = self.done + 1, batch
             yield batch
-        self.over = True
 
     def state_dict(self) -> dict[str, Any]:
         """Which epoch this is, how it began, and how many of its batches are over."""

@@ -16,8 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.cocktail import Cocktail, as_cocktail
+from goodfit.compute import Compute
 from goodfit.data import batches_of
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.guard import refuse_policy
 from goodfit.learning_rates import MakeScheduler, refuse_scheduler
 from goodfit.loop import LossFunction
 from goodfit.phases import Regularizer
@@ -84,6 +86,8 @@ def fit(
     scheduler: LRScheduler | MakeScheduler | None = None,
     scheduler_unit: str = "epochs",
     checkpoints: str | Path | Checkpoints | None = None,
+    compute: Compute | None = None,
+    nonfinite: str = "stop",
 ) -> Fit:
     """Train `model` on `train` with a cocktail, validated on `valid` after every epoch.
 
@@ -97,23 +101,41 @@ def fit(
     place of memory. refit: "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that
     are kept. scheduler: of the learning rate, a function from the optimizer to one of torch, which steps behind each of
     its scheduler_unit, "epochs" or "steps"; ReduceLROnPlateau at each check. checkpoints: a folder in which the training is
-    saved, or `gf.Checkpoints(folder, ...)`; what is saved there already goes on, to the same bits.
+    saved, or `gf.Checkpoints(folder, ...)`; what is saved there already goes on, to the same bits. compute: `gf.Compute`, the
+    precision, batches in a step, and the like. nonfinite: what a step does whose loss, gradients or batch statistics are not
+    finite: it is not taken, its first such number is named, and it ends the training ("stop", as a stop behind the first check,
+    or "raise"), or is left out ("skip"), or the model goes back to the best so far ("rollback").
 
-    Ctrl-C ends the training behind its step as a stop does, without a refit; a second one at once. A loss that is not finite
-    ends it too. Any other error passes through, behind the first check with what there is so far in its `result`. However it
-    ends, an EarlyStopping that restores puts the best so far into the model; without one, the weights of the last step stay.
+    Ctrl-C ends the training behind its step as a stop does, without a refit; a second one at once. Any other error passes
+    through, behind the first check with what there is so far in its `result`. However it ends, an EarlyStopping that restores
+    puts the best so far into the model; without one, the weights of the last step stay.
     """
     refuse_numbers(epochs, check_every, seed)
     refuse_file(keep)
     refuse_refit(refit)
+    refuse_policy(nonfinite)
     refuse_scheduler(scheduler, scheduler_unit, refit)
     saves = as_checkpoints(checkpoints, keep)
     training = batches_of(train, "train", batch_size, shuffle=True, seed=seed)
     validation = batches_of(valid, "valid", batch_size, shuffle=False, seed=seed)
     both = None if refit is None else joined_data(training, validation, batch_size, seed)
     mix, home = as_cocktail(cocktail), home_of(model, device)
-    made = optimizer, scheduler, scheduler_unit
-    recipe = Recipe(mix, loss, task, *made, seed, home, check_every, keep, saves, progress)
+    recipe = Recipe(
+        cocktail=mix,
+        loss=loss,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scheduler_unit=scheduler_unit,
+        seed=seed,
+        home=home,
+        compute=compute or Compute(),
+        nonfinite=nonfinite,
+        check_every=check_every,
+        keep=keep,
+        checkpoints=saves,
+        progress=progress,
+    )
     start, own = (None, None) if refit is None else beginning(model, optimizer)
     # Ctrl-C within torch.no_grad() may leave gradients off.
     with torch.enable_grad(), torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):

@@ -1,51 +1,22 @@
-"""The reference loop on data: steps of training, and what a model scores."""
+"""What a model scores on data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from goodfit.data import to_device
 from goodfit.errors import GoodfitError
-from goodfit.run import Run
 from goodfit.surgery.running import call_model, evaluating
 
-__all__ = ["LossFunction", "Prepare", "evaluate", "mean_and_stderr", "train_epoch", "train_steps"]
+__all__ = ["LossFunction", "Prepare", "evaluate", "mean_and_stderr"]
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 Prepare = Callable[[Tensor], Tensor]
-
-
-def train_steps(run: Run, optimizer: Optimizer, training: Any, prepare: Prepare | None) -> Iterator[tuple[Tensor, int]]:
-    """One epoch, step by step: the loss of each batch, as it was before its step, and its rows."""
-    home = next(run.model.parameters()).device
-    for batch in training:
-        x, y = to_device(batch, home)
-        if prepare is not None:
-            y = prepare(y)
-        optimizer.zero_grad()
-        x, y = run.batch(x, y)
-        loss = run.loss(x, y)
-        torch.autograd.backward(loss)
-        run.gradient(optimizer)
-        optimizer.step()
-        run.step(optimizer)
-        yield loss.detach(), len(y)
-
-
-def train_epoch(run: Run, optimizer: Optimizer, training: Any, prepare: Prepare | None) -> float:
-    """One epoch; the mean loss over its rows, as it was during the epoch."""
-    home = next(run.model.parameters()).device
-    total, rows = torch.zeros((), dtype=torch.float64, device=home), 0
-    for loss, count in train_steps(run, optimizer, training, prepare):
-        total += loss * count
-        rows += count
-    return float(total / rows)
 
 
 def evaluate(model: nn.Module, batches: Any, measure: LossFunction) -> float:

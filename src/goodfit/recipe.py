@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from goodfit.batchnorms.present import by_batch
 from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.cocktail import Cocktail
+from goodfit.compute import Compute
 from goodfit.data import peek, to_device
+from goodfit.guard import Guard
 from goodfit.interrupts import Interrupts
 from goodfit.learning_rates import MakeScheduler, scheduling
 from goodfit.loop import LossFunction
@@ -22,8 +25,10 @@ from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.preparation import MakeOptimizer, as_reals, averaged, in_steps, optimizer_for, refuse_maximizing
 from goodfit.progress import Progress
 from goodfit.regularizers.batchnorm import BatchNorm
+from goodfit.rollback import back_to_best, refuse_rollback
 from goodfit.run import Run
 from goodfit.small_batches import merged_for_norms, refuse_single_values
+from goodfit.stepping import Stepping
 from goodfit.surgery.running import training as training_mode
 from goodfit.training import Training
 
@@ -42,6 +47,8 @@ class Recipe:
     scheduler_unit: str
     seed: int
     home: torch.device
+    compute: Compute
+    nonfinite: str
     check_every: int | None
     keep: str | Path | None
     checkpoints: Checkpoints | None
@@ -58,6 +65,7 @@ class Recipe:
                 train = merged_for_norms(train, "train")
         mix = in_steps(self.cocktail, train if epoch is None else epoch)
         refuse_maximizing(mix)
+        refuse_rollback(self.nonfinite, mix, self.keep)
         measure = averaged(loss)
         run = Run(mix, model, loss=measure, example=x, seed=self.seed, keep=self.keep)
         prepare = as_reals(mix, kind, model, x, y)
@@ -66,7 +74,9 @@ class Recipe:
             if len(y) == 1:
                 refuse_single_values(model, x)
         schedule = scheduling(self.scheduler, self.scheduler_unit, optimizer)
-        return Training(run, optimizer, train, valid, measure, rowwise(loss), prepare, self.check_every, schedule)
+        guard = Guard(model, self.nonfinite, partial(back_to_best, run, optimizer))
+        stepping = Stepping(run, optimizer, prepare, self.compute, guard)
+        return Training(stepping, train, valid, measure, rowwise(loss), self.check_every, self.nonfinite, schedule)
 
     def interrupts(self, bar: Progress) -> Interrupts:
         """What hears Ctrl-C while it trains."""

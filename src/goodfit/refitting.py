@@ -22,6 +22,7 @@ from torch.utils.data import (
 from goodfit.cocktail import Cocktail
 from goodfit.data import Batches, Order, batches_of, uncounted
 from goodfit.errors import GoodfitError
+from goodfit.guard import Nonfinite
 from goodfit.interrupts import Interrupts
 from goodfit.phases import Epoch
 from goodfit.progress import Progress
@@ -122,6 +123,8 @@ def train_for(work: Training, steps: int, bar: Progress, interrupts: Interrupts)
     try:
         for step in work.steps(steps, interrupts):
             bar.show(step, f"step {step} of {steps}")
+    except Nonfinite as wrong:
+        return f"diverged ({str(wrong).removesuffix('.')})"
     except KeyboardInterrupt:
         return f"was interrupted at step {work.step} of {steps}"
     return "" if all(bool(p.isfinite().all()) for p in work.run.model.parameters()) else "diverged"

@@ -46,11 +46,13 @@ def resume(work: Training, checkpoints: Checkpoints, start: nn.Module | None) ->
                 f"Workers of {name} that persist draw on from one epoch into the next, which cannot be found again; make the "
                 "loader with persistent_workers=False, or leave checkpoints out."
             )
-    parts = {"model": work.run.model, "optimizer": work.optimizer, "run": work.run, "scheduler": work.schedule.scheduler}
-    given = {name: part for name, part in (parts | {"start": start}).items() if part is not None}
+    stepping, scheduler = work.stepping, work.schedule.scheduler
+    parts = {"model": work.run.model, "optimizer": stepping.optimizer, "run": work.run, "scheduler": scheduler}
+    parts |= {"scaler": stepping.scaler, "start": start}
+    given = {name: part for name, part in parts.items() if part is not None}
     randomness = Randomness(*generators(work.train, work.valid))
     work.saving = checkpoints.watch(**given, training=work, randomness=randomness)
     step = work.saving.restore()
-    if step and work.schedule.scheduler is not None:
-        work.optimizer._opt_called = True  # type: ignore[attr-defined]  # in another process: the scheduler need not warn
+    if step and scheduler is not None:
+        stepping.optimizer._opt_called = True  # type: ignore[attr-defined]  # in another process: the scheduler need not warn
     return step

@@ -165,18 +165,8 @@ class Run:
 
     def attach(self, *optimizers: Optimizer) -> Run:
         """Put `gradient` and `step` on the optimizers' hooks, for any loop; refuses what hooks cannot serve."""
-        known = list(self._beside.optimizers)
         optimizers = tuple(map(unwrapped, optimizers))
-        try:
-            for optimizer in optimizers:
-                if any(optimizer is one for one in self._beside.optimizers):
-                    raise GoodfitError(f"This {type(optimizer).__name__} is attached already.")
-                self._beside.meet(optimizer)
-            if not self._plan.waiting:
-                self._beside.cover()
-        except GoodfitError:
-            self._beside.optimizers = known  # a refused one must not keep the time of the next
-            raise
+        self._beside.join(optimizers)
         for optimizer in optimizers:
             hook(self, optimizer)
         self.attached = True
@@ -212,6 +202,10 @@ class Run:
     def after_step(self, optimizer: Optimizer) -> None:
         """`step` for the hooks."""
         self._beside.after_step(optimizer)
+        self._micro.clear()
+
+    def skip(self) -> None:
+        """Forget the batches of a step that is not taken."""
         self._micro.clear()
 
     def _redo(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,7 @@ class Tally:
     @property
     def mean(self) -> float:
         """Of all rows so far."""
-        return float(self.total / self.rows)
+        return float(self.total / self.rows) if self.rows else math.nan
 
     @property
     def seconds(self) -> float:

@@ -9,19 +9,18 @@ from itertools import islice
 from operator import length_hint
 from typing import Any
 
-from torch.optim import Optimizer
-
 from goodfit.checkpoints.checkpoints import Saving
 from goodfit.data import uncounted
 from goodfit.errors import GoodfitError
 from goodfit.feed import Feed, persistent
+from goodfit.guard import Nonfinite
 from goodfit.interrupts import Interrupts
 from goodfit.learning_rates import Scheduling
-from goodfit.loop import LossFunction, Prepare, evaluate, mean_and_stderr, train_steps
+from goodfit.loop import LossFunction, evaluate, mean_and_stderr
 from goodfit.phases import Finish
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping
-from goodfit.run import Run
+from goodfit.stepping import Stepping
 from goodfit.stop.criterion import Reason
 from goodfit.stop.gradients import evidence
 from goodfit.tally import Tally
@@ -38,14 +37,13 @@ class Training:
     weights to keep are in the model. saving: its checkpoints.
     """
 
-    run: Run
-    optimizer: Optimizer
+    stepping: Stepping
     train: Any
     valid: Any
     measure: LossFunction
     rowwise: LossFunction | None
-    prepare: Prepare | None
     check_every: int | None = None
+    nonfinite: str = "stop"
     schedule: Scheduling = field(default_factory=Scheduling)
     saving: Saving | None = None
     epoch: int = 0
@@ -59,7 +57,7 @@ class Training:
     _interrupts: Interrupts = field(default_factory=Interrupts)
 
     def __post_init__(self) -> None:
-        self.feed = Feed(self.train)
+        self.run, self.feed = self.stepping.run, Feed(self.train)
         looks = self._asked("evidence") or self._averages()
         if self.check_every and looks and persistent(self.train):
             raise GoodfitError(
@@ -80,6 +78,10 @@ class Training:
             if not self.history:
                 raise KeyboardInterrupt("interrupted before the first check") from None
             self._end(f"interrupted in epoch {self.epoch}", Reason.INTERRUPTED)
+        except Nonfinite as wrong:
+            self._end(str(wrong).removesuffix("."), Reason.NONFINITE)
+            if not self.history or self.nonfinite == "raise":
+                raise
         except BaseException as wrong:
             self._end(f"ended by {type(wrong).__name__} in epoch {self.epoch}", Reason.FAILED)
             raise
@@ -88,13 +90,13 @@ class Training:
         """So many steps, and no check."""
         self._interrupts = interrupts
         while self.step < enough:
-            for _ in islice(train_steps(self.run, self.optimizer, self.feed, self.prepare), enough - self.step):
+            for _ in islice(self.stepping.over(self.feed), enough - self.step):
                 self.step += 1
                 self.schedule.behind("steps")
                 yield self.step
                 self._between()
-            if self.feed.over:
-                self.schedule.behind("epochs")
+            if self.step < enough:
+                self._end_epoch()
         if self.saving is not None:
             self.saving.save(self.step)
 
@@ -158,7 +160,7 @@ class Training:
 
     def _go_on(self, bar: Progress) -> bool:
         """One epoch with its checks; whether another may follow."""
-        for loss, rows in train_steps(self.run, self.optimizer, self.feed, self.prepare):
+        for loss, rows in self.stepping.over(self.feed):
             self._tally.add(loss, rows)
             self.step += 1
             self.schedule.behind("steps")
@@ -172,8 +174,12 @@ class Training:
                 raise GoodfitError(f"{text}; give a DataLoader, or a smaller check_every.")
             self._end(text, Reason.FAILED)
             return False
-        self.schedule.behind("epochs")
+        self._end_epoch()
         return (bool(self.check_every) or self._check(bar)) and self._between()
+
+    def _end_epoch(self) -> None:
+        self.feed.over = True
+        self.schedule.behind("epochs")
 
     def _between(self) -> bool:
         """Between two steps: save where it is time to, and hear a signal; whether to go on."""
@@ -209,9 +215,7 @@ class Training:
         bar.tell(self.history[-1])
         if not go_on:
             self._end(self.run.stopped, self.run.reason)
-        elif not math.isfinite(train_loss) and not self._rolls_back():
-            self._end(f"the training loss became {train_loss} in epoch {self.epoch}", Reason.NONFINITE)
-        return not self.stopped
+        return go_on
 
     def _write(self) -> None:
         """The row of a check that the run has heard."""
@@ -240,9 +244,6 @@ class Training:
                 "The standard error of the validation loss is not known for one row, nor for one batch of a loss that does "
                 "not tell its rows apart; give valid in more batches, or a criterion without stderrs."
             )
-
-    def _rolls_back(self) -> bool:
-        return any(one.nonfinite == "rollback" for one, _ in self.run.states(EarlyStopping))
 
     def _end(self, stopped: str, reason: Reason | None) -> None:
         self.stopped, self.reason = stopped, reason

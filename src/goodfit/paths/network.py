@@ -14,12 +14,13 @@ from torch import Tensor
 
 from goodfit.batchnorms.present import by_batch
 from goodfit.errors import GoodfitError
-from goodfit.loop import evaluate, train_epoch
+from goodfit.loop import evaluate
 from goodfit.paths.problem import Problem, tensors
 from goodfit.preparation import as_reals, optimizer_for
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.small_batches import merged_for_norms
+from goodfit.stepping import Stepping
 from goodfit.surgery.running import training as training_mode
 
 __all__ = ["Ascent"]
@@ -96,8 +97,9 @@ class Ascent:
         with training_mode(run.model):
             batches = merged_for_norms(self.batches, "train") if by_batch(run.model) else self.batches
             run.epoch(self._objective(run, penalised))
+            stepping = Stepping(run, optimizer, prepare)
             for _ in range(epochs):
-                train_epoch(run, optimizer, batches, prepare)
+                stepping.epoch(batches)
                 if not run.epoch(self._objective(run, penalised)):
                     break
         run.finish(self.batches)

@@ -1,0 +1,119 @@
+"""The training step of the reference loop, from one batch or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from goodfit.compute import Compute
+from goodfit.data import to_device
+from goodfit.guard import Guard
+from goodfit.loop import Prepare
+from goodfit.rows import rows_of
+from goodfit.run import Run
+
+__all__ = ["Stepping"]
+
+
+@dataclass
+class Stepping:
+    """Steps of one run. scaler: of losses in half precision, None where none is needed."""
+
+    run: Run
+    optimizer: Optimizer
+    prepare: Prepare | None = None
+    compute: Compute = field(default_factory=Compute)
+    guard: Guard | None = None
+    scaler: torch.amp.GradScaler | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._home = next(self.run.model.parameters()).device
+        self.scaler = self.compute.scaler(self._home)
+        self._through: nn.Module | None = self.compute.placed(self.run.model)
+        self._seen = 0
+
+    def over(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
+        """One epoch, step by step: the mean loss over its rows, as it was before the step, and how many they are."""
+        window: list[_Micro] = []
+        for batch in batches:
+            window.append(self._backward(batch, window[0].rows if window else None))
+            if len(window) == self.compute.accumulate:
+                yield from self._stepped(window)
+                window = []
+        if window:
+            yield from self._stepped(window)
+
+    def epoch(self, batches: Iterable[Any]) -> float:
+        """One epoch; the mean loss over its rows, as it was during the epoch."""
+        total, rows = torch.zeros((), dtype=torch.float64, device=self._home), 0
+        for loss, count in self.over(batches):
+            total += loss * count
+            rows += count
+        return float(total / rows)
+
+    def _backward(self, batch: Any, first: int | None) -> _Micro:
+        """Gradients of one batch; of several they add up in the share of its rows."""
+        x, y = to_device(batch, self._home)
+        x, y = self.compute.laid(x), y if self.prepare is None else self.prepare(y)
+        if first is None:
+            self.optimizer.zero_grad()
+            if self.guard is not None:
+                self.guard.begin()
+        x, y = self.run.batch(x, y)
+        with self.compute.autocast(self._home):
+            loss = self.run.loss(x, y, through=self._through)
+        rows = rows_of(y) or 1
+        share = loss if first in (None, rows) else loss * (rows / first)
+        torch.autograd.backward(share if self.scaler is None else self.scaler.scale(share))
+        return _Micro(x, y, loss.detach(), rows)
+
+    def _stepped(self, window: list[_Micro]) -> Iterator[tuple[Tensor, int]]:
+        """The step, and what is told of it; nothing where it is left out."""
+        rows = sum(one.rows for one in window)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if len(window) > 1:
+            for p in self.run.model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(window[0].rows / rows)
+        self._seen += 1
+        if self._taken(window):
+            self.run.gradient(self.optimizer)
+            self._move()
+            self.run.step(self.optimizer)
+            yield torch.stack([one.loss.double() * one.rows for one in window]).sum() / rows, rows
+
+    def _taken(self, window: list[_Micro]) -> bool:
+        """Whether the step is to be taken: a scaled loss may overflow once in a while, and everything else is looked into."""
+        if self.guard is None or self.guard.finite([one.loss for one in window]):
+            return True
+        self.guard.restore()
+        if self.scaler is not None and self.scaler.get_scale() > 1:
+            self._move()
+        else:
+            last = window[-1]
+            self.guard.refuse(self._seen, last.x, last.y, last.loss)
+        self.run.skip()
+        return False
+
+    def _move(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+
+@dataclass(frozen=True)
+class _Micro:
+    """One of the batches of a step."""
+
+    x: Any
+    y: Any
+    loss: Tensor
+    rows: int
