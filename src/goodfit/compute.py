@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,17 @@ class Compute:
         for name in ("compile", "channels_last", "deterministic"):
             if type(getattr(self, name)) is not bool:
                 raise GoodfitError(f"Compute.{name} must be True or False, got {name}={getattr(self, name)!r}.")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Torch held to deterministic operations within, where that was asked."""
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        if self.deterministic:
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
     def autocast(self, home: torch.device) -> AbstractContextManager[Any]:
         """What forwards run in."""

@@ -138,7 +138,7 @@ def fit(
     )
     start, own = (None, None) if refit is None else beginning(model, optimizer)
     # Ctrl-C within torch.no_grad() may leave gradients off.
-    with torch.enable_grad(), torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
+    with torch.enable_grad(), torch.random.fork_rng(devices=[home] if home.type == "cuda" else []), recipe.compute.held():
         work = recipe.begin(model, training, validation)
         found = _train(recipe, work, epochs, start)
         if start is None or refit is None or work.reason is Reason.INTERRUPTED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,10 @@ class Stepping:
             rows += count
         return float(total / rows)
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What forwards run in, those of a validation too."""
+        return self.compute.autocast(self._home)
+
     def _backward(self, batch: Any, first: int | None) -> _Micro:
         """Gradients of one batch; of several they add up in the share of its rows."""
         x, y = to_device(batch, self._home)
@@ -65,7 +70,7 @@ class Stepping:
             if self.guard is not None:
                 self.guard.begin()
         x, y = self.run.batch(x, y)
-        with self.compute.autocast(self._home):
+        with self.autocast():
             loss = self.run.loss(x, y, through=self._through)
         rows = rows_of(y) or 1
         share = loss if first in (None, rows) else loss * (rows / first)

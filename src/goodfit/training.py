@@ -147,7 +147,8 @@ class Training:
 
     def score(self) -> float:
         """What the model scores as it is."""
-        return evaluate(self.run.model, self.valid, self.measure)
+        with self.stepping.autocast():
+            return evaluate(self.run.model, self.valid, self.measure)
 
     def _epochs(self, epochs: range, bar: Progress) -> None:
         if self.stopped:
@@ -198,7 +199,8 @@ class Training:
         """Score what would be kept, and tell the run; whether to go on."""
         train_loss = self._tally.mean
         with self.run.view(uncounted(self.train)):
-            score, stderr = mean_and_stderr(self.run.model, self.valid, self.measure, self.rowwise)
+            with self.stepping.autocast():
+                score, stderr = mean_and_stderr(self.run.model, self.valid, self.measure, self.rowwise)
             self._refuse_unknown(stderr)
             noise = evidence(self.run.model, self.measure, uncounted(self.train)) if self._asked("evidence") else None
             self._told = {
