@@ -172,7 +172,7 @@ def test_the_history_has_a_row_per_epoch_that_adds_up() -> None:
 
     found = short(net(), loss=loss, cocktail=Cocktail(L2(0.1), EarlyStopping(4)), epochs=2)
     assert [list(row) for row in found.history] == [
-        ["epoch", "step", "train_loss", "valid_loss", "stderr", "penalty", "best", "patience_left", "seconds"]
+        ["epoch", "step", "train_loss", "valid_loss", "stderr", "penalty", "best", "lr", "patience_left", "seconds"]
     ] * 2
     first, second = found.history
     assert (first["epoch"], second["epoch"]) == (1, 2)

@@ -27,6 +27,7 @@ FLOORS = [
         "processes",
         "tally",
         "interrupts",
+        "logs",
         "progress",
         "kept",
     },

@@ -110,3 +110,15 @@ def test_what_cannot_be_resumed_is_one_line(goodfit: Callable[..., Outcome]) -> 
 def test_a_fit_needs_a_table_and_a_target(goodfit: Callable[..., Outcome]) -> None:
     assert goodfit("fit")[2] == "goodfit: fit needs a table, or --resume RUN.\n"
     assert goodfit("fit", "t.csv")[2] == "goodfit: fit needs --target, the column to predict, or --resume RUN.\n"
+
+
+def test_the_rows_of_a_fit_are_logged_while_it_runs(goodfit: Callable[..., Outcome]) -> None:
+    write("t.csv", rows())
+    command = ("fit", "t.csv", "--target", "churn", "--epochs", "5", "--out", "run", "--log", "log.csv")
+    assert goodfit(*command)[0] == 0
+    lines = Path("log.csv").read_text().splitlines()
+    history = json.loads(Path("run", "history.json").read_text())["regularized"]
+    assert lines[0] == ",".join(history[0])
+    assert len(lines) == 6
+    assert "has the rows of another training" in goodfit(*command[:-3], "run2", "--seed", "1", "--log", "log.csv")[2]
+    assert not Path("run2").exists()

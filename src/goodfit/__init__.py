@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         factors as factors,
         groups as groups,
         hyper as hyper,
+        logs as logs,
         phases as phases,
         schedules as schedules,
         stop as stop,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("convert", "factors", "groups", "hyper", "phases", "schedules", "stop", "surgery", "where")
+_MODULES = ("convert", "factors", "groups", "hyper", "logs", "phases", "schedules", "stop", "surgery", "where")
 _NAMES = {
     "Checkpoints": "checkpoints.checkpoints",
     "Cocktail": "cocktail",

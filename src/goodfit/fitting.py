@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from goodfit.data import batches_of
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.guard import refuse_policy
 from goodfit.learning_rates import MakeScheduler, refuse_scheduler
+from goodfit.logs import Logger
 from goodfit.loop import LossFunction
 from goodfit.phases import Regularizer
 from goodfit.preparation import (
@@ -88,6 +90,7 @@ def fit(
     checkpoints: str | Path | Checkpoints | None = None,
     compute: Compute | None = None,
     nonfinite: str = "stop",
+    logs: Logger | Sequence[Logger] | None = None,
 ) -> Fit:
     """Train `model` on `train` with a cocktail, validated on `valid` after every epoch.
 
@@ -105,6 +108,7 @@ def fit(
     precision, batches in a step, and the like. nonfinite: what a step does whose loss, gradients or batch statistics are not
     finite: it is not taken, its first such number is named, and it ends the training ("stop", as a stop behind the first check,
     or "raise"), or is left out ("skip"), or the model goes back to the best so far ("rollback").
+    logs: of `gf.logs`, or any with a method log(row): they get the row of each check.
 
     Ctrl-C ends the training behind its step as a stop does, without a refit; a second one at once. Any other error passes
     through, behind the first check with what there is so far in its `result`. However it ends, an EarlyStopping that restores
@@ -135,6 +139,7 @@ def fit(
         keep=keep,
         checkpoints=saves,
         progress=progress,
+        logs=logs,
     )
     start, own = (None, None) if refit is None else beginning(model, optimizer)
     # Ctrl-C within torch.no_grad() may leave gradients off.

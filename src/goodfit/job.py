@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from goodfit.cocktail import Cocktail, parse
 from goodfit.defaults import DEPTH, WIDTH
 from goodfit.errors import GoodfitError
 from goodfit.fitting import Fit, fit
+from goodfit.logs import Logger, logger_at
 from goodfit.losses import loss_of
 from goodfit.preparation import refuse_maximizing
 from goodfit.report.render import render
@@ -63,7 +64,8 @@ def _prepared(path: Path, target: str, settings: Settings, tell: Tell) -> Data:
 
 def _regularized(data: Data, settings: Settings, out: Path) -> Fit:
     with pinned(settings.threads):
-        return _train(data, parse(settings.cocktail), settings, settings.epochs, checkpoints_of(out, "regularized"))
+        logs = [logger_at(path) for path in settings.logs]
+        return _train(data, parse(settings.cocktail), settings, settings.epochs, checkpoints_of(out, "regularized"), logs)
 
 
 def _written(path: Path, data: Data, found: Fit, out: Path, settings: Settings, tell: Tell) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def _check(settings: Settings, cocktail: Cocktail) -> None:
         raise GoodfitError(f"device must be one that torch has here, got {settings.device!r} ({why}); say cpu.") from None
 
 
-def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int, saves: Path) -> Fit:
+def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int, saves: Path, logs: Sequence[Logger] = ()) -> Fit:
     x, y = data.part("train")
     model = mlp(x.shape[1], data.answers.outputs, width=WIDTH, depth=DEPTH, seed=settings.seed)
     rows = len(y)
@@ -142,6 +144,7 @@ def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int, save
         check_every=settings.check_every,
         refit=settings.refit,
         checkpoints=saves,
+        logs=logs,
     )
     for trained in filter(None, (found.model, found.validated)):
         trained.to("cpu")  # scores and predictions are the bits that `predict` will give

@@ -20,6 +20,7 @@ from goodfit.data import peek, to_device
 from goodfit.guard import Guard
 from goodfit.interrupts import Interrupts
 from goodfit.learning_rates import MakeScheduler, scheduling
+from goodfit.logs import Told
 from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.preparation import MakeOptimizer, as_reals, averaged, in_steps, optimizer_for, refuse_maximizing
@@ -53,6 +54,7 @@ class Recipe:
     keep: str | Path | None
     checkpoints: Checkpoints | None
     progress: bool | None
+    logs: Any = None
 
     def begin(self, model: nn.Module, train: Any, valid: Any, epoch: Any = None) -> Training:
         """Build the model and all beside it. epoch: batches whose number is the length of an epoch for schedules."""
@@ -76,7 +78,9 @@ class Recipe:
         schedule = scheduling(self.scheduler, self.scheduler_unit, optimizer)
         guard = Guard(model, self.nonfinite, partial(back_to_best, run, optimizer))
         stepping = Stepping(run, optimizer, prepare, self.compute, guard)
-        return Training(stepping, train, valid, measure, rowwise(loss), self.check_every, self.nonfinite, schedule)
+        return Training(
+            stepping, train, valid, measure, rowwise(loss), self.check_every, self.nonfinite, Told(self.logs), schedule
+        )
 
     def interrupts(self, bar: Progress) -> Interrupts:
         """What hears Ctrl-C while it trains."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,35 @@ from goodfit.feed import generators, persistent
 from goodfit.training import Training
 
 __all__ = ["as_checkpoints", "of_refit", "resume"]
+
+
+class Place:
+    """Where a training is between two steps, beside its run, model, optimizer and schedule."""
+
+    def __init__(self, work: Training) -> None:
+        self.work = work
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as plain numbers."""
+        numbers = {name: getattr(self.work, name) for name in ("epoch", "step", "history")}
+        parts = {"feed": self.work.feed.state_dict(), "tally": self.work.tally.state_dict()}
+        return {**numbers, **parts, "batches": self._batches()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        if saved["batches"] != self._batches():
+            raise GoodfitError(
+                f"The checkpoint is of a training on {saved['batches']} batches of train and valid, and here are "
+                f"{self._batches()}; give the same data, in batches of the same size."
+            )
+        for name in ("epoch", "step", "history"):
+            setattr(self.work, name, saved[name])
+        self.work.tally.load_state_dict(saved["tally"])
+        self.work.feed.load_state_dict(saved["feed"])
+
+    def _batches(self) -> list[int]:
+        """How many there are in train and valid, -1 where they do not tell."""
+        return [length_hint(one, -1) for one in (self.work.train, self.work.valid)]
 
 
 def as_checkpoints(given: Any, keep: Any) -> Checkpoints | None:
@@ -51,7 +82,7 @@ def resume(work: Training, checkpoints: Checkpoints, start: nn.Module | None) ->
     parts |= {"scaler": stepping.scaler, "start": start}
     given = {name: part for name, part in parts.items() if part is not None}
     randomness = Randomness(*generators(work.train, work.valid))
-    work.saving = checkpoints.watch(**given, training=work, randomness=randomness)
+    work.saving = checkpoints.watch(**given, training=Place(work), randomness=randomness)
     step = work.saving.restore()
     if step and scheduler is not None:
         stepping.optimizer._opt_called = True  # type: ignore[attr-defined]  # in another process: the scheduler need not warn

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from operator import length_hint
 from typing import Any
 
 from goodfit.checkpoints.checkpoints import Saving
@@ -16,6 +15,7 @@ from goodfit.feed import Feed, persistent
 from goodfit.guard import Nonfinite
 from goodfit.interrupts import Interrupts
 from goodfit.learning_rates import Scheduling
+from goodfit.logs import Told
 from goodfit.loop import LossFunction, evaluate, mean_and_stderr
 from goodfit.phases import Finish
 from goodfit.progress import Progress
@@ -44,6 +44,7 @@ class Training:
     rowwise: LossFunction | None
     check_every: int | None = None
     nonfinite: str = "stop"
+    log: Told = field(default_factory=lambda: Told(None))
     schedule: Scheduling = field(default_factory=Scheduling)
     saving: Saving | None = None
     epoch: int = 0
@@ -52,7 +53,7 @@ class Training:
     stopped: str = ""
     reason: Reason | None = None
     put_back: bool = False
-    _tally: Tally = field(default_factory=Tally)
+    tally: Tally = field(default_factory=Tally)
     _told: dict[str, Any] = field(default_factory=dict)
     _interrupts: Interrupts = field(default_factory=Interrupts)
 
@@ -100,27 +101,6 @@ class Training:
         if self.saving is not None:
             self.saving.save(self.step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is between two steps, beside its run, model, optimizer and schedule."""
-        numbers = {name: getattr(self, name) for name in ("epoch", "step", "history")}
-        parts = {"feed": self.feed.state_dict(), "tally": self._tally.state_dict()}
-        return {**numbers, **parts, "batches": self._batches()}
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        if saved["batches"] != self._batches():
-            raise GoodfitError(
-                f"The checkpoint is of a training on {saved['batches']} batches of train and valid, and here are "
-                f"{self._batches()}; give the same data, in batches of the same size."
-            )
-        self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
-        self._tally.load_state_dict(saved["tally"])
-        self.feed.load_state_dict(saved["feed"])
-
-    def _batches(self) -> list[int | None]:
-        """How many there are in train and valid, where they tell."""
-        return [length_hint(one, -1) for one in (self.train, self.valid)]
-
     def restored(self) -> int | None:
         """The step of the check whose weights an early stopping has put back, None where none has."""
         best = [int(state["best_step"]) for one, state in self.run.states(EarlyStopping) if one.restores(state)]
@@ -156,13 +136,13 @@ class Training:
         for self.epoch in epochs:
             if not self._go_on(bar):
                 return
-        if self._tally.rows:  # steps behind the last of every so many
+        if self.tally.rows:  # steps behind the last of every so many
             self._check(bar)
 
     def _go_on(self, bar: Progress) -> bool:
         """One epoch with its checks; whether another may follow."""
         for loss, rows in self.stepping.over(self.feed):
-            self._tally.add(loss, rows)
+            self.tally.add(loss, rows)
             self.step += 1
             self.schedule.behind("steps")
             if self.check_every and self.step % self.check_every == 0 and not self._check(bar):
@@ -197,7 +177,7 @@ class Training:
 
     def _check(self, bar: Progress) -> bool:
         """Score what would be kept, and tell the run; whether to go on."""
-        train_loss = self._tally.mean
+        train_loss = self.tally.mean
         with self.run.view(uncounted(self.train)):
             with self.stepping.autocast():
                 score, stderr = mean_and_stderr(self.run.model, self.valid, self.measure, self.rowwise)
@@ -213,7 +193,7 @@ class Training:
             go_on = self.run.epoch(score, train_loss=train_loss, stderr=stderr, evidence=noise)
             self.schedule.behind("checks", score)
         self._write()
-        self._tally = Tally()
+        self.tally = Tally()
         bar.tell(self.history[-1])
         if not go_on:
             self._end(self.run.stopped, self.run.reason)
@@ -224,7 +204,9 @@ class Training:
         left = [n for one, state in self.run.states(EarlyStopping) if (n := one.patience_left(state)) is not None]
         scores = [row["valid_loss"] for row in [*self.history, self._told]]
         row = self._told | {"penalty": self.run.penalty(), "best": min(filter(math.isfinite, scores), default=math.inf)}
-        self.history.append(row | {"patience_left": min(left, default=None), "seconds": self._tally.seconds})
+        row |= {"lr": float(self.stepping.optimizer.param_groups[0]["lr"]), "patience_left": min(left, default=None)}
+        self.history.append(row | {"seconds": self.tally.seconds})
+        self.log.log(self.history[-1])
 
     def _complete(self) -> None:
         """Ctrl-C may come between the hearing of a check and its row: what is kept must be in the history."""

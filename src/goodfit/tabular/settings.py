@@ -12,8 +12,9 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to read the table and how to train. reading: what `read` takes. command: what the user typed.
+    """How to read the table and how to train.
 
+    reading: what `read` takes. command: what the user typed. logs: files and folders for the rows of the regularized network.
     threads: of torch; one is quick for networks of this size, and two busy processes of two threads each ruin each other.
     """
 
@@ -28,3 +29,4 @@ class Settings:
     progress: bool | None = None
     check_every: int | None = None
     refit: str | None = None
+    logs: list[str] = field(default_factory=list)
