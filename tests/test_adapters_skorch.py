@@ -454,6 +454,18 @@ def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:
     assert same(net.module_, loop(longer)[0])
 
 
+def test_a_stop_is_found_again_from_the_epoch_before_and_more_patience_goes_on(tmp_path: Path) -> None:
+    """The checkpoint of the last epoch is not written, as callbacks behind it do not see that epoch."""
+    first = resumable(tmp_path).fit(X, Y)
+    again = resumable(tmp_path).fit(X, Y)
+    assert again.history[:, "valid_loss"] == first.history[:, "valid_loss"]
+    assert ours(again).stopped == ours(first).stopped != ""
+    assert same(again.module_, first.module_)
+    longer = resumable(tmp_path, cocktail=patience(5)).fit(X, Y)
+    assert len(longer.history) == STOP + 2
+    assert same(longer.module_, loop(patience(5))[0])
+
+
 def test_a_checkpoint_without_the_state_is_warned_of_once(tmp_path: Path) -> None:
     def made() -> Any:
         saving = Checkpoint(monitor=None, dirname=str(tmp_path))
