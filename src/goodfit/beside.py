@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,20 @@ class Beside:
         self.covered = False
         self._live: dict[int, dict[str, nn.Parameter]] = {}
         self._formulas: dict[int, rates.Formula] = {}
+
+    def join(self, optimizers: Iterable[Optimizer]) -> None:
+        """Meet all of these, or none."""
+        known = list(self.optimizers)
+        try:
+            for optimizer in optimizers:
+                if any(optimizer is one for one in self.optimizers):
+                    raise GoodfitError(f"This {type(optimizer).__name__} is attached already.")
+                self.meet(optimizer)
+            if not self.plan.waiting:
+                self.cover()
+        except GoodfitError:
+            self.optimizers = known  # a refused one must not keep the time of the next
+            raise
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, redo: Redo) -> None:

@@ -34,6 +34,7 @@ from goodfit.plan import Plan
 from goodfit.processes import rank, world
 from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import call_model
+from goodfit.tensors import refuse_no_state
 from goodfit.views import Views
 
 __all__ = ["Run"]
@@ -165,18 +166,8 @@ class Run:
 
     def attach(self, *optimizers: Optimizer) -> Run:
         """Put `gradient` and `step` on the optimizers' hooks, for any loop; refuses what hooks cannot serve."""
-        known = list(self._beside.optimizers)
         optimizers = tuple(map(unwrapped, optimizers))
-        try:
-            for optimizer in optimizers:
-                if any(optimizer is one for one in self._beside.optimizers):
-                    raise GoodfitError(f"This {type(optimizer).__name__} is attached already.")
-                self._beside.meet(optimizer)
-            if not self._plan.waiting:
-                self._beside.cover()
-        except GoodfitError:
-            self._beside.optimizers = known  # a refused one must not keep the time of the next
-            raise
+        self._beside.join(optimizers)
         for optimizer in optimizers:
             hook(self, optimizer)
         self.attached = True
@@ -192,6 +183,7 @@ class Run:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken, on a run of the same cocktail and a model of the same weights."""
+        refuse_no_state(saved)
         own = self._checks.state_dict().keys()
         self._plan.load_state_dict({name: t for name, t in saved.items() if name not in own})
         self._checks.load_state_dict({name: t for name, t in saved.items() if name in own})
