@@ -141,7 +141,7 @@ def test_what_is_something_else_is_never_written_over(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
     os.mkfifo(tmp_path / "pipe")
     for wrong in (foreign, tmp_path / "weights.safetensors", tmp_path / "pipe", Path("/dev/null")):
-        with pytest.raises(GoodfitError, match=r"keep must not be the path of something else, got .*; give a path that is free"):
+        with pytest.raises(GoodfitError, match=r"keep must not be the path of something else, got .*; give a path"):
             EarlyStopping(2).watch(net(), keep=wrong)
         with pytest.raises(GoodfitError, match="keep must not be the path of something else"):
             Run(EarlyStopping(2), net(), keep=wrong)

@@ -108,7 +108,7 @@ class Watch:
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that it must remember, as flat tensors, without settings; weights that are kept in a file stay there."""
+        """All that it must remember, as flat tensors; weights that are kept in a file stay there."""
         own = {
             "step": torch.tensor(self._step, dtype=torch.float64),
             "seconds": torch.tensor(time.monotonic() - self._began, dtype=torch.float64),
