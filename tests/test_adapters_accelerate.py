@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ import goodfit as gf
 from goodfit.adapters.accelerate import Regularization
 from plain import AVERAGED, BEST, COCKTAIL, EPOCHS, REST, SEED, STOP, X, Y, adam, loader, net, patience, plain, same, valid_loss
 from together import in_two_processes
-from toys import Blur, Flood, Uphill
+from toys import Blur, Flood, Mean, Uphill
 
 
 @pytest.fixture(autouse=True)
@@ -235,8 +236,78 @@ def test_two_processes_stop_together_on_the_mean_of_their_scores(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_shards_of_weights_are_refused(kind: DistributedType) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = kind
     with pytest.raises(gf.GoodfitError, match=f"{kind.value} shards the weights, of which a regularizer needs the whole"):
-        Regularization("L2(0.1)", net(), SimpleNamespace(distributed_type=kind))
+        Regularization("L2(0.1)", net(), accelerator)
+
+
+def test_arguments_of_another_kind_or_order_are_refused() -> None:
+    accelerator, model = Accelerator(cpu=True), net()
+    for given, got in (
+        ((accelerator, model), "got a Accelerator and a Sequential"),
+        (("model", accelerator), "got a str and a Accelerator"),
+        ((model, None), "got a Sequential and a NoneType"),
+    ):
+        with pytest.raises(gf.GoodfitError, match=f"a torch.nn.Module and an Accelerator, in this order, {got}"):
+            Regularization("L2(0.1)", *given)
+    with pytest.raises(gf.GoodfitError, match="A cocktail is written"):
+        Regularization(3, model, accelerator)  # type: ignore[arg-type]
+
+
+def test_a_second_regularization_may_only_stop() -> None:
+    accelerator, model = Accelerator(cpu=True), net()
+    first = Regularization(REST, model, accelerator, example=X[:8], seed=SEED)
+    layers = [name for name, _ in model.named_modules()]
+    for more in ("L2(0.1)", "EarlyStopping(3), Dropout(0.1)"):
+        with pytest.raises(gf.GoodfitError, match=r"A second Regularization may only stop the training, got (L2|Dropout)"):
+            Regularization(more, model, accelerator, example=X[:8])
+    assert [name for name, _ in model.named_modules()] == layers
+    stopping = Regularization("EarlyStopping(3)", model, accelerator)
+    assert int(stopping.state_dict()["seed"]) == int(first.state_dict()["seed"]) == SEED
+    Regularization("L2(0.1)", net(), accelerator)
+    averaged = net()
+    Regularization(Mean(0.2), averaged, accelerator)
+    with pytest.raises(gf.GoodfitError, match=r"Mean\(0.2\) averages weights, of which a second"):
+        Regularization("EarlyStopping(3)", averaged, accelerator)
+
+
+def test_two_regularizations_train_and_are_resumed_as_one_does(tmp_path: Path) -> None:
+    """The second stops by a score of its own; masks of dropout are those of the run that has it."""
+
+    def train(resumed: bool) -> tuple[nn.Module, Regularization]:
+        forget()
+        accelerator, model = Accelerator(cpu=True), net()
+        first = Regularization(COCKTAIL, model, accelerator, example=X[:8], seed=SEED)
+        second = Regularization("EarlyStopping(1, restore=False)", model, accelerator)
+        wrapped, optimizer, batches = accelerator.prepare(model, adam(model.parameters()), loader())
+        for run in (first, second):
+            run.attach(optimizer)
+        if resumed:
+            accelerator.load_state(str(tmp_path))
+        for epoch in range(3 if resumed else 1, 6):
+            wrapped.train()
+            for x, y in batches:
+                accelerator.backward(F.mse_loss(wrapped(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+            go_on = [first.epoch(valid_loss(model)), second.epoch(abs(epoch - 3))]
+            if epoch == 2 and not resumed:
+                accelerator.save_state(str(tmp_path))
+            if not all(go_on):
+                break
+        return first.finish(), second
+
+    for resumed in (False, True):
+        model, second = train(resumed)
+        assert same(model, plain(epochs=4)[0])
+        assert second.stopped == "no improvement in 1 check: best 0 at check 3, 1 at check 4"
+
+
+def test_without_accelerate_one_line_says_what_to_install() -> None:
+    code = "import sys; sys.modules['accelerate'] = None; import goodfit.adapters.accelerate"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr.strip().splitlines()
+    assert told[-1].endswith('needs accelerate, which is not installed; pip install "goodfit[accelerate]".')
 
 
 def test_an_optimizer_made_before_the_run_is_refused() -> None:

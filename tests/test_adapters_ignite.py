@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,16 +240,42 @@ def test_an_error_before_the_first_score_is_the_one_that_is_seen() -> None:
         host.fit()
 
 
-def test_an_error_that_the_user_handles_stays_handled() -> None:
-    host, handled = Host(), []
+def test_an_error_that_the_user_handles_stays_handled_and_what_trains_trains_on() -> None:
+    """The error is in the third step of the seventh epoch, whose last step is left out."""
+    host, handled, weights = Host(patience(50)), [], {}
 
     def fail() -> None:
+        weights["error"] = copy.deepcopy(host.model)
         raise RuntimeError("in epoch 7")
 
     host.trainer.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, error: handled.append(error))
-    host.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=26), fail)
+    host.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=27), fail)
+    host.trainer.add_event_handler(Events.EPOCH_STARTED(once=8), lambda: weights.update(next=copy.deepcopy(host.model)))
     host.fit()
     assert "in epoch 7" in str(handled[0])
+    assert len(host.scores) == EPOCHS
+    assert same(weights["error"], weights["next"])
+    assert whole_loss(host.model) == min(host.scores)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_best_comes_back_where_a_handled_error_ends_the_training(error: type[BaseException]) -> None:
+    """Ctrl-C does although it is handled, and any error does that a handler raises on."""
+    host = Host()
+
+    def handle(engine: Engine, wrong: BaseException) -> None:
+        if isinstance(wrong, RuntimeError):
+            raise wrong
+
+    def fail() -> None:
+        raise error("in epoch 7")
+
+    host.trainer.add_event_handler(Events.EXCEPTION_RAISED, handle)
+    host.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=26), fail)
+    with pytest.raises(error) if error is RuntimeError else nullcontext():
+        host.fit()
+    assert len(host.scores) == 6
+    assert whole_loss(host.model) == host.scores[BEST - 1]
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -372,6 +400,23 @@ def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:
     assert shorter.trainer.state.epoch == STOP - 1
 
 
+def test_a_validation_at_the_start_is_heard_once_however_often_it_is_resumed(tmp_path: Path) -> None:
+    """A check at each start, of the weights that the checkpoint has been told of already."""
+
+    def validated(host: Host) -> Host:
+        host.trainer.add_event_handler(Events.STARTED, lambda: host.evaluator.run(validation(32)))
+        return host
+
+    first = validated(Host())
+    saving(first, tmp_path)
+    first.fit()
+    second = validated(resumed(tmp_path, 4 * 6)).fit()
+    assert second.regularization.stopped == first.regularization.stopped
+    assert f"at check {BEST + 1}, " in first.regularization.stopped
+    assert second.trainer.state.epoch == STOP
+    assert same(first.model, second.model)
+
+
 def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Path) -> None:
     first = Host()
     saving(first, tmp_path)
@@ -393,11 +438,57 @@ def test_a_stopped_training_that_is_run_again_is_asked_anew() -> None:
     assert "in 4 checks" in host.regularization.stopped
 
 
-def test_a_checkpoint_before_the_validation_is_warned_of(tmp_path: Path) -> None:
+def test_a_checkpoint_before_the_validation_is_warned_of_once(tmp_path: Path) -> None:
     host = Host()
     saving(host, tmp_path, behind=False)
-    with pytest.warns(gf.GoodfitWarning, match="checkpoint of iteration 4 was saved before the validation"):
-        host.fit(1)
+    with pytest.warns(gf.GoodfitWarning, match="checkpoint of iteration 4 was saved before the validation") as told:
+        host.fit(3)
+    assert len(told) == 1
+
+
+# A second Regularization
+
+
+def second(host: Host, cocktail: Any, **told: Any) -> Regularization:
+    return Regularization(cocktail, host.model, **told).attach(host.trainer, host.evaluator, host.optimizer)
+
+
+def test_a_second_one_may_only_stop() -> None:
+    host = Host()
+    stopping = second(host, "EarlyStopping(1)", seed=SEED)
+    assert same(host.fit().model, loop((*REST, gf.EarlyStopping(1)))[0])
+    assert "in 1 check" in stopping.stopped
+    assert host.regularization.stopped == ""
+
+
+@pytest.mark.parametrize("more", ["L2(0.1)", "EarlyStopping(3), Dropout(0.1)"])
+def test_a_second_one_that_does_more_is_refused_beside_the_same_model_alone(more: str) -> None:
+    host = Host()
+    with pytest.raises(gf.GoodfitError, match=r"A second Regularization may only stop the training, got (L2|Dropout)\(0\.1\)"):
+        second(host, more, example=X[:8], seed=SEED)
+    other = net()
+    Regularization(more, other, example=X[:8]).attach(host.trainer, host.evaluator, adam(other.parameters()))
+
+
+def test_a_second_one_of_another_seed_or_beside_averages_is_refused() -> None:
+    with pytest.raises(gf.GoodfitError, match="has the seed of the first, by which inserted layers draw: seed=4, got seed=0"):
+        second(Host(), "EarlyStopping(3)")
+    with pytest.raises(gf.GoodfitError, match=r"Mean\(0.2\) averages weights, of which a second"):
+        second(Host(AVERAGED), "EarlyStopping(3)", seed=SEED)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_goes_on_beside_a_second_one(error: type[BaseException]) -> None:
+    host = Host()
+    second(host, "EarlyStopping(50)", seed=SEED)
+
+    def fail() -> None:
+        raise error("in epoch 7")
+
+    host.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=26), fail)
+    with pytest.raises(error, match="in epoch 7"):
+        host.fit()
+    assert whole_loss(host.model) == host.scores[BEST - 1]
 
 
 # Two processes
@@ -423,6 +514,20 @@ def test_two_processes_stop_together_on_the_mean_of_their_scores(tmp_path: Path)
 
 
 # What stands in the way
+
+
+def test_what_is_attached_twice_or_without_an_optimizer_is_refused() -> None:
+    host = Host()
+    for optimizers in ((host.optimizer,), (adam(host.model.parameters()),)):
+        with pytest.raises(gf.GoodfitError, match="with all optimizers that step; it is attached already; attach"):
+            host.regularization.attach(host.trainer, host.evaluator, *optimizers)
+    with pytest.raises(gf.GoodfitError, match="it got none; attach"):
+        Regularization("EarlyStopping(3)", net()).attach(host.trainer, host.evaluator)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(gf.GoodfitError, match=r"takes a cocktail and a torch.nn.Module, in this order, got a str"):
+        Regularization(net(), "L2(0.1)")  # type: ignore[arg-type]
 
 
 def test_fused_unscaling_is_refused() -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
@@ -155,8 +156,25 @@ def test_a_score_that_never_moves_stops() -> None:
     assert len(net.history) == 4
 
 
+@pytest.mark.parametrize(
+    "kind", [np.float32, np.float64, torch.tensor, lambda score: round(1000 * score)], ids=["32", "64", "tensor", "int"]
+)
+def test_a_score_may_be_any_number(kind: Any) -> None:
+    scoring = EpochScoring(lambda net, X, y: kind(net.history[-1, "valid_loss"]), name="mine")
+    net = host(callbacks=[scoring, Regularization(COCKTAIL, monitor="mine", seed=SEED)]).fit(X, Y)
+    assert len(net.history) == STOP
+    assert same(net.module_, loop()[0])
+
+
+@pytest.mark.parametrize("score", [True, "0.5", torch.ones(2)], ids=["bool", "text", "list"])
+def test_what_is_no_number_is_no_score(score: Any) -> None:
+    scoring = EpochScoring(lambda net, X, y: score, name="mine", lower_is_better=None)
+    with pytest.raises(gf.GoodfitError, match=r"A score must be one number|monitor='mine' must name a metric"):
+        host(callbacks=[scoring, Regularization(COCKTAIL, monitor="mine")]).fit(X, Y)
+
+
 def test_a_missing_column_is_named_with_the_nearest() -> None:
-    match = r"'val_loss' must name .*before Regularization, has: .*train_loss, valid_loss; did you mean valid_loss"
+    match = r"'val_loss' must name .*before Regularization, has: .*train_loss, .*valid_loss; did you mean valid_loss"
     with pytest.raises(gf.GoodfitError, match=match):
         host(monitor="val_loss").fit(X, Y)
 
@@ -345,7 +363,7 @@ def test_a_stopped_training_that_goes_on_is_asked_anew_with_the_new_patience() -
 def test_other_regularizers_in_a_training_start_anew_and_say_so() -> None:
     net = host("L2(0.01)", max_epochs=1).fit(X, Y)
     net.set_params(callbacks__Regularization__cocktail="L2(0.01), EarlyStopping(9)")
-    with pytest.warns(gf.GoodfitWarning, match=r"other regularizers, which start anew: L2\(0.01\), EarlyStopping\(9\)"):
+    with pytest.warns(gf.GoodfitWarning, match=r"its regularizers begin anew: L2\(0.01\), EarlyStopping\(9\); to"):
         net.partial_fit(X, Y)
 
 
@@ -371,6 +389,46 @@ def test_a_copied_net_goes_on_as_the_first_does(copied: Any) -> None:
     assert same(first.module_, loop()[0])
 
 
+ways = pytest.mark.parametrize(
+    "copied", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["itself", "copy", "pickle"]
+)
+
+
+def other() -> nn.Module:
+    """The layers of the same shapes with other weights."""
+    torch.manual_seed(8)
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+@ways
+def test_another_module_does_not_go_on_from_the_state_of_the_first(copied: Any) -> None:
+    first = copied(host("L2(0.01), EarlyStopping(3)", max_epochs=3).fit(X, Y))
+    first.set_params(module=other)
+    with pytest.raises(gf.GoodfitError, match=r"in another module_ than that of its state; begin anew, by net.initialize\(\)"):
+        first.partial_fit(X, Y)
+    first.initialize().partial_fit(X, Y)
+    assert len(first.history) == 3
+    assert same(first.module_, host("L2(0.01), EarlyStopping(3)", module=other, max_epochs=3).fit(X, Y).module_)
+
+
+def test_a_copied_net_that_went_on_keeps_no_state_for_another_module() -> None:
+    second = copy.deepcopy(host("L2(0.01)", max_epochs=1).fit(X, Y)).partial_fit(X, Y)
+    second.set_params(module=other)
+    with pytest.raises(gf.GoodfitError, match="in another module_ than that of its state"):
+        second.partial_fit(X, Y)
+
+
+def test_one_callback_for_two_nets_is_refused_and_clones_have_their_own() -> None:
+    first = host(max_epochs=2).fit(X, Y)
+    second = host(callbacks=first.callbacks)
+    with pytest.raises(gf.GoodfitError, match="A Regularization serves one net, and this one has another; make one for each"):
+        second.fit(X, Y)
+    for third in (clone(first), copy.deepcopy(first)):
+        assert same(third.fit(X, Y).module_, first.module_)
+    first.partial_fit(X, Y)
+    assert int(ours(first).run.states(gf.EarlyStopping)[0][1]["checks"]) == 4
+
+
 def resumable(folder: Path, *between: Any, cocktail: Any = COCKTAIL) -> Any:
     saving = Checkpoint(monitor=None, dirname=str(folder), f_goodfit="goodfit.pt")
     return host(cocktail, saving, LoadInitState(saving), *between)
@@ -394,6 +452,29 @@ def test_the_new_patience_wins_on_resume(tmp_path: Path) -> None:
     net = resumable(tmp_path, cocktail=longer).fit(X, Y)
     assert len(net.history) == STOP + 2
     assert same(net.module_, loop(longer)[0])
+
+
+def test_a_stop_is_found_again_from_the_epoch_before_and_more_patience_goes_on(tmp_path: Path) -> None:
+    """The checkpoint of the last epoch is not written, as callbacks behind it do not see that epoch."""
+    first = resumable(tmp_path).fit(X, Y)
+    again = resumable(tmp_path).fit(X, Y)
+    assert again.history[:, "valid_loss"] == first.history[:, "valid_loss"]
+    assert ours(again).stopped == ours(first).stopped != ""
+    assert same(again.module_, first.module_)
+    longer = resumable(tmp_path, cocktail=patience(5)).fit(X, Y)
+    assert len(longer.history) == STOP + 2
+    assert same(longer.module_, loop(patience(5))[0])
+
+
+def test_a_checkpoint_without_the_state_is_warned_of_once(tmp_path: Path) -> None:
+    def made() -> Any:
+        saving = Checkpoint(monitor=None, dirname=str(tmp_path))
+        return host(COCKTAIL, saving, LoadInitState(saving), max_epochs=2)
+
+    made().fit(X, Y)
+    with pytest.warns(gf.GoodfitWarning, match=r"begin anew: .*to resume, save their state, by Checkpoint\(f_goodfit=") as told:
+        made().fit(X, Y)
+    assert len(told) == 1
 
 
 def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Path) -> None:
@@ -428,11 +509,58 @@ def test_weights_with_inserted_layers_are_loaded_for_prediction(tmp_path: Path) 
     assert second.predict(X).tolist() == first.predict(X).tolist()
 
 
-def test_a_checkpoint_before_the_score_is_warned_of(tmp_path: Path) -> None:
+def test_a_checkpoint_before_the_score_is_warned_of_once(tmp_path: Path) -> None:
     saving = Checkpoint(monitor=None, dirname=str(tmp_path), f_goodfit="goodfit.pt")
-    net = host(callbacks=[saving, Regularization(COCKTAIL, seed=SEED)], max_epochs=1)
-    with pytest.warns(gf.GoodfitWarning, match="put Checkpoint behind Regularization"):
+    net = host(callbacks=[saving, Regularization(COCKTAIL, seed=SEED)], max_epochs=3)
+    with pytest.warns(gf.GoodfitWarning, match="put Checkpoint behind Regularization") as told:
         net.fit(X, Y)
+    assert len(told) == 1
+
+
+# A second Regularization
+
+
+def pair(folder: Path, second: Any = "EarlyStopping(1)", cocktail: Any = COCKTAIL, *more: Any, **files: str) -> Any:
+    """The second hears another column: the distance of the epoch from the third."""
+    scoring = EpochScoring(lambda net, X, y: float(abs(len(net.history) - 3)), name="distance")
+    saving = Checkpoint(monitor=None, dirname=str(folder / str(len(files))), **files)
+    two = [("one", Regularization(cocktail, seed=SEED)), ("two", Regularization(second, monitor="distance"))]
+    return host(callbacks=[scoring, *two, saving, *([LoadInitState(saving)] if files else []), *more])
+
+
+def test_two_are_saved_and_resumed_together(tmp_path: Path) -> None:
+    files = {"f_goodfit": "goodfit.pt", "f_goodfit2": "goodfit2.pt"}
+    whole = pair(tmp_path).fit(X, Y)
+    with pytest.raises(RuntimeError):
+        pair(tmp_path, "EarlyStopping(1)", COCKTAIL, Interrupt(3, RuntimeError), **files).fit(X, Y)
+    net = pair(tmp_path, **files).fit(X, Y)
+    for one in (whole, net):
+        assert len(one.history) == 4
+        assert one.goodfit2_.stopped == "no improvement in 1 check: best 0 at check 3, 1 at check 4"
+        assert one.goodfit_.stopped == ""
+        assert same(one.module_, loop(epochs=3)[0])
+
+
+def test_two_go_on_in_a_copied_net(tmp_path: Path) -> None:
+    first = pair(tmp_path, "EarlyStopping(9)").fit(X, Y, epochs=2)
+    second = copy.deepcopy(first)
+    for one in (first, second):
+        one.partial_fit(X, Y, epochs=1)
+        assert [int(each.run.state_dict()["step"]) for each in (one.goodfit_, one.goodfit2_)] == [12, 12]
+        assert same(one.module_, loop(epochs=3)[0])
+
+
+def test_a_second_that_is_not_saved_with_the_first_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(gf.GoodfitError, match=r"Checkpoint\(f_goodfit=...\) saves the first .* both: f_goodfit2='goodfit2.pt'"):
+        pair(tmp_path, f_goodfit="goodfit.pt").fit(X, Y)
+
+
+def test_a_second_may_only_stop(tmp_path: Path) -> None:
+    for more in ("L2(0.1)", "EarlyStopping(3), Dropout(0.1)"):
+        with pytest.raises(gf.GoodfitError, match=r"A second Regularization may only stop the training, got (L2|Dropout)"):
+            pair(tmp_path, more).fit(X, Y)
+    with pytest.raises(gf.GoodfitError, match=r"Mean\(0.2\) averages weights, of which a second"):
+        pair(tmp_path, "EarlyStopping(3)", AVERAGED).fit(X, Y)
 
 
 # What stands in the way
@@ -443,6 +571,20 @@ def test_clipping_by_the_host_is_refused_beside_a_gradient_regularizer() -> None
     with pytest.raises(gf.GoodfitError, match=r"GradientNormClipping clips the gradient before Clip\(.*leave the callback"):
         host((gf.L2(0.1), Clip(0.1)), clipping).fit(X, Y)
     assert len(host("L2(0.1)", clipping, max_epochs=1).fit(X, Y).history) == 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_checkpoint_that_loads_its_own_best_is_refused_beside_what_keeps(ahead: bool, tmp_path: Path) -> None:
+    def made(cocktail: Any) -> Any:
+        loading = Checkpoint(dirname=str(tmp_path), load_best=True)
+        regularization = Regularization(cocktail, seed=SEED)
+        return host(callbacks=[loading, regularization] if ahead else [regularization, loading])
+
+    match = r"EarlyStopping\(3\) gives the weights to keep, and so does Checkpoint\(load_best=True\), by its own measure"
+    with pytest.raises(gf.GoodfitError, match=match):
+        made(COCKTAIL).fit(X, Y)
+    net = made((*REST, gf.EarlyStopping(50, restore=False))).fit(X, Y)
+    assert whole_loss(net.module_) == min(net.history[:, "valid_loss"])
 
 
 def test_the_example_leaves_the_generator_as_it_was_and_may_be_given() -> None:

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from goodfit import Cocktail, EarlyStopping, GoodfitError, Run
+from goodfit import Cocktail, EarlyStopping, GoodfitError, GoodfitWarning, Run
 from goodfit.phases import Report
-from goodfit.stop import GL, PQ, UP, Budget, Criterion, Divergence, Evidence, Patience, Reason, Smoothed, Target
+from goodfit.stop import GL, PQ, UP, AllOf, AnyOf, Budget, Criterion, Divergence, Evidence, Patience, Reason, Smoothed, Target
 from together import in_two_processes
 
 NAN, INF = math.nan, math.inf
@@ -207,9 +207,9 @@ def test_a_new_patience_acts_on_an_old_state() -> None:
         (
             EarlyStopping(1, min_delta=0.5),
             [1.0, 0.75],
-            "no improvement by more than 0.5 in 1 check: best 0.75 at check 2, 0.75",
+            "no improvement on 1 by more than 0.5 in 1 check: best 0.75 at check 2, 0.75",
         ),
-        (EarlyStopping(1, rel_delta=0.5), [1.0, 0.75], "no improvement by more than 0.5 of itself in 1 check: best 0.75"),
+        (EarlyStopping(1, rel_delta=0.5), [1.0, 0.75], "no improvement on 1 by more than 0.5 of itself in 1 check: best 0.75"),
         (EarlyStopping(1, mode="max"), [0.5, 0.25], "no improvement in 1 check: best 0.5 at check 1, 0.25 at check 2"),
         (EarlyStopping(2), [NAN, NAN], "no finite score in 2 checks: nan at check 2"),
     ],
@@ -275,7 +275,7 @@ def test_steps_must_be_told_and_never_fall() -> None:
     assert not watch(1.0, step=5)
     with pytest.raises(GoodfitError, match="never falls, got 4 after 5; count over all epochs"):
         watch(1.0, step=4)
-    with pytest.raises(GoodfitError, match="never falls, got nan"):
+    with pytest.raises(GoodfitError, match="an integer >= 0, got step=nan"):
         watch(1.0, step=NAN)
     assert watch.history == [1.0]
 
@@ -482,7 +482,7 @@ def test_the_time_before_a_resume_counts() -> None:
 
 def test_a_state_goes_back_only_where_it_came_from() -> None:
     saved = EarlyStopping(2).watch(one()).state_dict()
-    with pytest.raises(GoodfitError, match=r"another criterion or model: 'criterion\.anchor' does not match"):
+    with pytest.raises(GoodfitError, match=r"another criterion than GL\(5\), of which .anchor. does not match"):
         EarlyStopping(GL(5)).watch(one()).load_state_dict(saved)
     with pytest.raises(GoodfitError, match=r"'weights\.weight' must have shape \(1, 3\), got \(1, 1\)"):
         EarlyStopping(2).watch(nn.Linear(3, 1, bias=False)).load_state_dict(saved)
@@ -565,7 +565,7 @@ def test_everything_else_is_one_clear_error(score: Any) -> None:
     with pytest.raises(GoodfitError, match="A score must be one number, got ") as told:
         watch(score)
     assert "\n" not in str(told.value)
-    with pytest.raises(GoodfitError, match="A score must be one number"):
+    with pytest.raises(GoodfitError, match="train_loss must be one number"):
         watch(0.5, train_loss=score if score is not None else "none")
     assert watch.history == []
 
@@ -590,3 +590,151 @@ def test_warmup_holds_for_every_criterion() -> None:
     assert stop_index(EarlyStopping(Target(2.0), warmup=2), [1.0] * 4) == 2
     assert stop_index(EarlyStopping(UP(1, k=2), warmup=5), [1.0, 1, 1, 2, 1, 3, 1, 4]) == 5
     assert stop_index(EarlyStopping(2, nonfinite="stop", warmup=3), [NAN] * 5) == 3
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, math.inf, -math.inf])
+def test_a_step_that_is_no_count_is_refused(value: float) -> None:
+    watch = EarlyStopping(10, unit="steps").watch(one())
+    with pytest.raises(GoodfitError, match=f"step must be the number of optimizer steps so far, .* got step={value:g}"):
+        watch(1.0, step=value)
+    assert watch.history == []
+
+
+def test_a_negative_standard_error_is_refused_and_one_of_nan_lets_nothing_count() -> None:
+    watch = EarlyStopping(Patience(2, stderrs=1.0)).watch(one())
+    with pytest.raises(GoodfitError, match=r"stderr must be >= 0, the standard error of the score, got stderr=-0\.1"):
+        watch(1.0, stderr=-0.1)
+    assert [watch(1 / (1 + i), stderr=NAN if i else 0.0) for i in range(3)] == [False, False, True]
+    assert watch.stopped.startswith("no improvement on 1 by more than 1 standard error in 2 checks: best 0.333333 at check 3")
+
+
+def test_joined_are_criteria_alone() -> None:
+    for wrong in ((1, 2), (), [GL(5)], (GL(5), EarlyStopping(3))):
+        for kind in (AnyOf, AllOf):
+            with pytest.raises(GoodfitError, match=f"{kind.__name__} joins criteria, as in Patience"):
+                kind(wrong)
+    with pytest.raises(TypeError):
+        GL(5) | 3
+
+
+def test_counts_that_are_written_as_reals_are_the_same_value() -> None:
+    assert repr(EarlyStopping(5.0, warmup=2.0)) == repr(EarlyStopping(5, warmup=2))
+    assert repr(PQ(1, k=2.0)) == "PQ(1, k=2)"
+    with pytest.raises(GoodfitError, match="an integer >= 1"):
+        EarlyStopping(5.5)
+
+
+def test_a_watch_that_had_stopped_stays_so_and_goes_on_with_more_patience() -> None:
+    watch = EarlyStopping(2).watch(one())
+    assert [watch(score) for score in (1.0, 2.0, 2.0)] == [False, False, True]
+    same, patient = EarlyStopping(2).watch(one()), EarlyStopping(4).watch(one())
+    for other in (same, patient):
+        other.load_state_dict(watch.state_dict())
+    assert same.stopped == watch.stopped != ""
+    assert (patient.stopped, patient.reason) == ("", None)
+    assert [patient(2.0), patient(2.0)] == [False, True]
+    assert patient.best == 1.0
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (EarlyStopping(2, mode="max"), "saved with mode='min', and here it is 'max'"),
+        (EarlyStopping(2, unit="steps"), "saved with unit='checks', and here it is 'steps'"),
+        (EarlyStopping(2, restore=False), "the best weights in it, for which restore=False has no use"),
+        (EarlyStopping(Smoothed(Patience(2), median=3)), "another criterion than Smoothed"),
+        (EarlyStopping(Patience(2) | GL(5)), "another criterion than"),
+    ],
+)
+def test_a_state_that_would_mean_something_else_is_refused(other: EarlyStopping, message: str) -> None:
+    watch = EarlyStopping(2).watch(one())
+    watch(1.0)
+    resumed = other.watch(one())
+    with pytest.raises(GoodfitError, match=message):
+        resumed.load_state_dict(watch.state_dict())
+    assert resumed.history == []
+    run, again = (Run(stopping, one()) for stopping in (EarlyStopping(2), other))
+    with pytest.raises(GoodfitError, match=message):
+        again.load_state_dict(run.state_dict())
+
+
+def test_k_and_median_are_named_where_they_differ() -> None:
+    for saved, here in ((PQ(1, k=3), PQ(1, k=4)), (Smoothed(Patience(2), median=3), Smoothed(Patience(2), median=5))):
+        with pytest.raises(GoodfitError, match="may change, and not its kind, k or median"):
+            EarlyStopping(here).watch(one()).load_state_dict(EarlyStopping(saved).watch(one()).state_dict())
+    watch = EarlyStopping(Smoothed(Patience(9), median=3)).watch(one())
+    watch.load_state_dict(EarlyStopping(Smoothed(Patience(2, min_delta=0.1), median=3)).watch(one()).state_dict())
+
+
+@pytest.mark.parametrize("wrong", [None, "state", 3, {"a": 1}, [torch.zeros(1)]], ids=str)
+def test_what_no_state_dict_gave_is_one_line(wrong: Any) -> None:
+    for target in (EarlyStopping(2).watch(one()), Run(EarlyStopping(2), one())):
+        with pytest.raises(GoodfitError, match="load_state_dict takes the dict of tensors that state_dict gave") as refused:
+            target.load_state_dict(wrong)
+        assert "\n" not in str(refused.value)
+
+
+def changed(model: nn.Sequential, how: str) -> None:
+    if how == "reshaped":
+        model[0] = nn.Linear(2, 2)
+    elif how == "added":
+        model.append(nn.Linear(1, 1))
+    elif how == "broadcast":  # torch would spread the kept one over it
+        model[0].bias = nn.Parameter(torch.zeros(5))
+    else:
+        del model[0]
+
+
+@pytest.mark.parametrize("how", ["reshaped", "added", "broadcast", "removed"])
+def test_another_model_between_two_checks_is_refused(how: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 1))
+    watch = EarlyStopping(5).watch(model)
+    watch(1.0)
+    changed(model, how)
+    for call in (lambda: watch(0.5), watch.restore):
+        with pytest.raises(GoodfitError, match=r"must be the one of the checks before, and '(weights|buffers)\..* was "):
+            call()
+
+
+def test_restore_before_any_check_changes_nothing_and_says_so() -> None:
+    model = one()
+    before = model.weight.detach().clone()
+    with pytest.warns(GoodfitWarning, match=r"restore\(\) came before any check: the model stays as it is"):
+        EarlyStopping(2).watch(model).restore()
+    assert torch.equal(model.weight, before)
+    off = EarlyStopping(math.inf).watch(model)
+    assert [off(float(i)) for i in range(50)] == [False] * 50
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    off.restore()
+    assert model.weight.item() == 7.0
+
+
+def test_weights_that_are_not_there_yet_are_refused() -> None:
+    with pytest.raises(GoodfitError, match="watch needs weights that are there, but weight is lazy"):
+        EarlyStopping(2).watch(nn.LazyLinear(3))
+
+
+def test_an_expanded_buffer_is_kept_and_refused_only_where_it_would_change() -> None:
+    model = one()
+    model.register_buffer("scale", torch.zeros(1).expand(4))
+    watch = EarlyStopping(2).watch(model)
+    watch(1.0)
+    watch(2.0)
+    watch.restore()
+    model.scale = torch.ones(1).expand(4)
+    with pytest.raises(GoodfitError, match="'scale' is an expanded tensor, which nothing can be written into"):
+        watch.restore()
+
+
+def test_two_that_hear_one_score_as_better_in_opposite_ways_are_refused() -> None:
+    with pytest.raises(GoodfitError, match="hear the same score, and it is lower or higher for better; give both one mode"):
+        Run(Cocktail(EarlyStopping(2), EarlyStopping(3, mode="max")), one())
+    Run(Cocktail(EarlyStopping(2), EarlyStopping(3)), one())
+
+
+def test_steps_that_never_come_are_noticed() -> None:
+    run = Run(EarlyStopping(5, unit="steps"), one())
+    assert run.epoch(1.0)
+    with pytest.raises(GoodfitError, match=r"unit='steps'.* has not acted: no optimizer step has reached this run"):
+        run.epoch(1.0)

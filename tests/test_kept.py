@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from goodfit import EarlyStopping, GoodfitError
+from goodfit import EarlyStopping, GoodfitError, Run
 from goodfit.kept import read, write
-from goodfit.regularizers.best_file import BestFile
 
 
 def net() -> nn.Module:
@@ -71,16 +71,18 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
     first, second = (EarlyStopping(9).watch(net(), keep=keep) for _ in range(2))
     train(first, [1.0, 0.5])
     train(second, [2.0])
-    with pytest.raises(GoodfitError, match=r"another run: check 1 with 2, not check 2 with 0\.5; give each its own"):
+    with pytest.raises(GoodfitError, match=r"holds the best of another run, which wrote over it; give each its own"):
         first.restore()
+    other = EarlyStopping(9).watch(nn.Linear(2, 3), keep=tmp_path / "other")
+    with pytest.raises(GoodfitError, match=r"cannot be read"):  # there is no such file, and it is missed at once
+        other.load_state_dict(second.state_dict())
     other = EarlyStopping(9).watch(nn.Linear(2, 3), keep=keep)
-    other.load_state_dict(EarlyStopping(9).watch(nn.Linear(2, 3), keep=keep).state_dict() | {"best_check": torch.tensor(1)})
     with pytest.raises(GoodfitError, match=r"the weights of another model: 'buffers\.1\.num_batches_tracked' does not match"):
-        other.restore()
-    write(keep, {"weights.weight": torch.ones(1, 2), "check": torch.tensor(1), "score": torch.tensor(0.5)})
+        other.load_state_dict(second.state_dict())
     wider = EarlyStopping(9).watch(nn.Linear(2, 3, bias=False), keep=tmp_path / "wider")
     wider(0.5)
-    wider.file = BestFile(keep, wider.stopping)
+    write(keep, {"weights.weight": torch.ones(1, 2), "check": torch.tensor(1), "score": torch.tensor(0.5)}, wider.file.mark)
+    wider.file.path = keep
     with pytest.raises(GoodfitError, match=r"another model: 'weights\.weight' does not match"):
         wider.restore()
 
@@ -115,7 +117,7 @@ def test_a_write_that_fails_leaves_the_file_that_was(tmp_path: Path) -> None:
     write(keep, {"a": torch.ones(3)})
     with pytest.raises(GoodfitError, match="The best weights cannot be kept in"):
         write(keep, {"a": torch.ones(3, dtype=torch.complex128)})
-    assert torch.equal(read(keep)["a"], torch.ones(3))
+    assert torch.equal(read(keep)[0]["a"], torch.ones(3))
     with pytest.raises(GoodfitError, match="The best weights cannot be kept in"):
         write(tmp_path / "nowhere" / "best", {"a": torch.ones(3)})
     (tmp_path / "folder").mkdir()
@@ -131,3 +133,40 @@ def test_what_is_no_place_for_a_file_is_refused_at_once(tmp_path: Path) -> None:
             EarlyStopping(2).watch(net(), keep=wrong)
     with pytest.raises(GoodfitError, match="keep must be the path of a file for the best weights, got a bool"):
         EarlyStopping(2).watch(net(), keep=True)
+
+
+def test_what_is_something_else_is_never_written_over(tmp_path: Path) -> None:
+    foreign = tmp_path / "thesis.txt"
+    foreign.write_text("three years")
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    for wrong in (foreign, tmp_path / "weights.safetensors", tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(GoodfitError, match=r"keep must not be the path of something else, got .*; give a path"):
+            EarlyStopping(2).watch(net(), keep=wrong)
+        with pytest.raises(GoodfitError, match="keep must not be the path of something else"):
+            Run(EarlyStopping(2), net(), keep=wrong)
+    assert foreign.read_text() == "three years"
+
+
+def test_a_file_is_looked_into_when_its_state_is_loaded(tmp_path: Path) -> None:
+    keep = tmp_path / "best"
+    watch = EarlyStopping(9).watch(net(), keep=keep)
+    train(watch, [1.0, 0.5])
+    saved, whole = watch.state_dict(), keep.read_bytes()
+    run = Run(EarlyStopping(9), net(), keep=tmp_path / "run")
+    run.epoch(1.0)
+    state = run.state_dict()
+    for broken in (b"", whole[:-1]):
+        keep.write_bytes(broken)
+        Path(tmp_path / "run").write_bytes(broken)
+        resumed = EarlyStopping(9).watch(net(), keep=tmp_path / "free")
+        resumed.file.path = keep
+        with pytest.raises(GoodfitError, match="cannot be read"):
+            resumed.load_state_dict(saved)
+        assert resumed.history == []
+        with pytest.raises(GoodfitError, match="cannot be read"):
+            run.load_state_dict(state)
+    keep.write_bytes(whole)
+    resumed = EarlyStopping(9).watch(net(), keep=keep)
+    resumed.load_state_dict(saved)
+    assert all(torch.equal(*pair) for pair in zip(tensors(resumed.restore()), tensors(watch.restore()), strict=True))

@@ -407,7 +407,8 @@ def test_two_early_stoppings_on_one_metric_keep_to_themselves() -> None:
     for mix in (Cocktail(quick, slow), Cocktail(slow, quick)):
         found = short(net(), cocktail=mix, epochs=50)
         assert len(found.history) == 3
-        assert found.stopped.startswith("no improvement by more than 100 in 2 checks")
+        first = found.history[0]["valid_loss"]
+        assert found.stopped.startswith(f"no improvement on {first:.6g} by more than 100 in 2 checks")
         assert found.score == pytest.approx(min(row["valid_loss"] for row in found.history), rel=1e-12)
 
 

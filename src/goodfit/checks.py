@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from goodfit.errors import GoodfitError
-from goodfit.losses import score_of
 from goodfit.phases import Epoch, Gradient, Penalty, Report, Step
 from goodfit.plan import Plan
 from goodfit.stop.agreement import reduced
 from goodfit.stop.criterion import Reason
+from goodfit.stop.telling import told
 from goodfit.tensors import from_text, tensors_of, to_text
 from goodfit.views import Views
 
@@ -27,6 +27,7 @@ class Checks:
 
     def __init__(self, plan: Plan, views: Views) -> None:
         self.plan, self.views = plan, views
+        _refuse_opposite([one for _, one in plan.of(Epoch)])
         self.heard = False
         self.stopped = ""
         self.reason: Reason | None = None
@@ -42,8 +43,7 @@ class Checks:
                 "The cocktail averages weights, and what is scored must be what is kept; validate and call run.epoch within: "
                 "with run.view(train_loader):"
             )
-        told = {"step": self.plan.clock.step, "seconds": time.monotonic() - self._began, **others}
-        own = Report(score_of(score), **{name: score_of(n) for name, n in told.items() if n is not None})
+        own = told(score, step=self.plan.clock.step, seconds=time.monotonic() - self._began, **others)
         for _, one in phases:
             one.refuse(own, "run.epoch")
         report = reduced(own)
@@ -68,10 +68,12 @@ class Checks:
             "stopped": from_text(self.stopped),
             "reason": from_text(self.reason.name if self.reason else ""),
             "cocktail": from_text(self._cocktail()),
+            "kept": from_text("".join(file.mark for file in self.views.files.values())),
         }
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Go on where `state_dict` was taken; what another cocktail had stopped, as of less patience, is asked anew."""
+        self.views.take(to_text(saved["kept"]))
         self.heard = bool(saved["heard"])
         self._began = time.monotonic() - float(saved["seconds"])
         same = to_text(saved["cocktail"]) == self._cocktail()
@@ -82,10 +84,11 @@ class Checks:
         return ", ".join(map(repr, self.plan.active.values()))
 
     def _refuse_standstill(self) -> None:
-        acting = [r for kind in (Penalty, Gradient, Step) for _, r in self.plan.of(kind)]
-        if acting and self.plan.clock.step == 0:
+        waiting = [r for kind in (Penalty, Gradient, Step) for _, r in self.plan.of(kind)]
+        waiting += [r for _, r in self.plan.of(Epoch) if getattr(r, "unit", "") == "steps"]
+        if waiting and self.plan.clock.step == 0:
             raise GoodfitError(
-                f"{acting[0]} has not acted: no optimizer step has reached this run; call run.attach(optimizer) with the very "
+                f"{waiting[0]} has not acted: no optimizer step has reached this run; call run.attach(optimizer) with the very "
                 "optimizer that steps (a copied one has lost its hooks)."
             )
 
@@ -100,6 +103,14 @@ class Checks:
             self.views.roll_back(*one.kept(weights, buffers, self.views.whole(key)))
             _forget_nonfinite(optimizers)
         return bool(go_on)
+
+
+def _refuse_opposite(stopping: list[Any]) -> None:
+    """Refuse two that hear the one score as lower and as higher for better."""
+    modes = {getattr(one, "mode", ""): one for one in stopping}
+    if len(modes) > 1:
+        one, other = list(modes.values())[:2]
+        raise GoodfitError(f"{one} and {other} hear the same score, and it is lower or higher for better; give both one mode.")
 
 
 def _forget_nonfinite(optimizers: Iterable[Optimizer]) -> None:

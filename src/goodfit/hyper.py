@@ -109,6 +109,8 @@ def validate(spec: Any) -> None:
             values = (value,)
         if not all(known.admits(v) for v in values):
             raise GoodfitError(f"{where}.")
+        if known.integer and isinstance(value, float) and math.isfinite(value):
+            object.__setattr__(spec, name, int(value))
 
 
 def plain(value: Any) -> Any:

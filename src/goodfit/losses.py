@@ -93,10 +93,10 @@ _KNOWN: tuple[Callable[..., Tensor], ...] = (
 )
 
 
-def score_of(value: Any) -> Tensor:
-    """A score as a tensor of one number: from Python, NumPy or torch, no bool and no list."""
+def score_of(value: Any, name: str = "A score") -> Tensor:
+    """A score, or what `name` says, as a tensor of one number: from Python, NumPy or torch, no bool and no list."""
     number = value if isinstance(value, Tensor) and value.is_meta else plain(value)
     if type(number) is not bool and isinstance(number, Real):
         with suppress(OverflowError):  # an integer beyond all floats
             return torch.tensor(float(number), dtype=torch.float64)
-    raise GoodfitError(f"A score must be one number, got {value!r:.80} ({type(value).__name__}).")
+    raise GoodfitError(f"{name} must be one number, got {value!r:.80} ({type(value).__name__}).")

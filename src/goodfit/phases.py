@@ -218,6 +218,9 @@ class Epoch(Regularizer):
     def refuse(self, report: Report, call: str) -> None:
         """Refuse a report that lacks something, and say how the `call` tells it."""
 
+    def refuse_state(self, saved: State) -> None:
+        """Refuse a saved state that means something else under these settings."""
+
     def rolls_back(self, report: Report) -> bool:
         """Whether the model goes on from what `kept` gives."""
         return False

@@ -13,7 +13,7 @@ from goodfit.noise import Clock, Noisy
 from goodfit.phases import Build, Epoch, Penalty, Regularizer, State, Step
 from goodfit.processes import rank
 from goodfit.surgery.snapshot import Snapshot
-from goodfit.tensors import tensors_of
+from goodfit.tensors import below, matched, tensors_of
 
 __all__ = ["Plan"]
 
@@ -133,18 +133,12 @@ class Plan:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken."""
-        expected = self.state_dict()
-        if saved.keys() != expected.keys():
-            odd = sorted(saved.keys() ^ expected.keys())
-            raise GoodfitError(f"The state of another cocktail or model: {odd[0]!r} does not match; build the same run first.")
-        for name, now in expected.items():
-            if saved[name].shape != now.shape:
-                shapes = f"{tuple(now.shape)}, got {tuple(saved[name].shape)}"
-                raise GoodfitError(f"The state of another model: {name!r} must have shape {shapes}; build the same run first.")
-        if int(saved["seed"]) != self.seed:
-            raise GoodfitError(f"The state was saved under another seed: make the run with seed={int(saved['seed'])}.")
-        for key, state in self.states.items():
-            self.states[key] = {name: torch.empty_like(t).copy_(saved[f"{key}.{name}"]) for name, t in state.items()}
-        self.clock.step = int(saved["step"])
+        for key, one in self.of(Epoch):
+            one.refuse_state(below(f"{key}.", saved))
+        new = matched(self.state_dict(), saved, "cocktail or model")
+        if int(new["seed"]) != self.seed:
+            raise GoodfitError(f"The state was saved under another seed: make the run with seed={int(new['seed'])}.")
+        self.states = {key: {name: new[f"{key}.{name}"] for name in state} for key, state in self.states.items()}
+        self.clock.step = int(new["step"])
         self._bind()
         self._tune()

@@ -34,6 +34,7 @@ from goodfit.plan import Plan
 from goodfit.processes import rank, world
 from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import call_model
+from goodfit.tensors import refuse_no_state
 from goodfit.views import Views
 
 __all__ = ["Run"]
@@ -182,6 +183,7 @@ class Run:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken, on a run of the same cocktail and a model of the same weights."""
+        refuse_no_state(saved)
         own = self._checks.state_dict().keys()
         self._plan.load_state_dict({name: t for name, t in saved.items() if name not in own})
         self._checks.load_state_dict({name: t for name, t in saved.items() if name in own})

@@ -56,6 +56,11 @@ class Views:
         rest = [(key, one) for key, one in self.plan.of(Finish) if not one.averages]
         self._apply([*self._averages(), *rest], batches, "run.finish(batches=train_loader)")
 
+    def take(self, mark: str) -> None:
+        """Go on with the file of the run whose state was loaded."""
+        for key, file in self.files.items():
+            file.take(mark, *tensors_of(self.plan.model), self.plan.states[key])
+
     def whole(self, key: str) -> State:
         """The state of one regularizer, with what is kept in a file for it."""
         state = self.plan.states[key]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from goodfit.adapters.host import refuse_sharded
-from goodfit.cocktail import Cocktail
+from goodfit.adapters.host import imported, refuse_second, refuse_sharded
+from goodfit.cocktail import Cocktail, as_cocktail
+from goodfit.errors import GoodfitError
 from goodfit.phases import Regularizer
 from goodfit.run import Run
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Regularization"]
 
+_accelerate = imported("accelerate", "accelerate")
 _SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
@@ -43,9 +45,20 @@ class Regularization(Run):
         task: str | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module) or not isinstance(accelerator, _accelerate.Accelerator):
+            got = f"a {type(model).__name__} and a {type(accelerator).__name__}"
+            raise GoodfitError(
+                f"Regularization takes a cocktail, a torch.nn.Module and an Accelerator, in this order, got {got}."
+            )
         kind = accelerator.distributed_type.value
         refuse_sharded(model, kind if kind in _SHARDED else None)
-        super().__init__(cocktail, model, example=example, loss=loss, task=task, seed=seed)
+        cocktail = as_cocktail(cocktail)
+        beside = (one for one in accelerator._custom_objects if isinstance(one, Regularization) and one.model is model)
+        first = next(beside, None)
+        if first is not None:
+            refuse_second(first.cocktail, cocktail)
+        self.seed: int = seed if first is None else first.seed  # inserted layers draw by that of the run that was made last
+        super().__init__(cocktail, model, example=example, loss=loss, task=task, seed=self.seed)
         accelerator.register_for_checkpointing(self)
 
     @property

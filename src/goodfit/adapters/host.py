@@ -21,6 +21,7 @@ __all__ = [
     "imported",
     "monitored",
     "refuse_clipping",
+    "refuse_second",
     "refuse_sharded",
     "submodule",
 ]
@@ -67,19 +68,9 @@ class Hosted:
         self._run = Run(self.cocktail, part, example=example, seed=self.seed, **self._settings)
 
     def _join(self, beside: list[Any]) -> None:
-        """Beside another cocktail on the same model one may only stop: a model is built once, and after it no state changes."""
-        if self is beside[0]:
-            return
-        averager = next((one for one in beside[0].cocktail.of(Finish) if one.averages), None)
-        if averager is not None:
-            told = "averages weights, of which a second Regularization knows nothing; put both into one"
-            raise GoodfitError(f"{averager} {told}.")
-        for one in self.cocktail:
-            if not one.off and not set(phases_of(type(one))) <= {"Epoch", "Finish"}:
-                raise GoodfitError(
-                    f"A second Regularization may only stop the training, got {one}; put it in the first cocktail."
-                )
-        self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
+        if self is not beside[0]:
+            refuse_second(beside[0].cocktail, self.cocktail)
+            self.seed = beside[0].seed  # inserted layers draw by the seed of the run that was made last
 
     def _refuse_unfed(self, example: Any) -> None:
         builder = next(self.cocktail.of(Build), None)
@@ -119,6 +110,17 @@ def monitored(metrics: Mapping[str, Any], monitor: str, host: str) -> Any:
             f"monitor={monitor!r} must name a metric of the validation; {host} has: {names}; {nearest(monitor, metrics)}"
         )
     return metrics[monitor]
+
+
+def refuse_second(first: Cocktail, second: Cocktail) -> None:
+    """Beside another cocktail on the same model one may only stop: a model is built once, and after it no state changes."""
+    averager = next((one for one in first.of(Finish) if one.averages), None)
+    if averager is not None:
+        told = "averages weights, of which a second Regularization knows nothing; put both into one"
+        raise GoodfitError(f"{averager} {told}.")
+    for one in second:
+        if not one.off and not set(phases_of(type(one))) <= {"Epoch", "Finish"}:
+            raise GoodfitError(f"A second Regularization may only stop the training, got {one}; put it in the first cocktail.")
 
 
 def refuse_clipping(cocktail: Cocktail, setting: str, cure: str) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from goodfit.adapters.host import beside_training, imported, monitored, refuse_sharded
+from goodfit.adapters.host import beside_training, imported, monitored, refuse_second, refuse_sharded
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Epoch, Regularizer
@@ -49,13 +50,17 @@ class Regularization:
         task: str | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise GoodfitError(
+                f"Regularization takes a cocktail and a torch.nn.Module, in this order, got a {type(model).__name__}."
+            )
         refuse_sharded(model)
         self.run = Run(cocktail, model, example=example, loss=loss, task=task, seed=seed)
-        self.monitor = monitor
+        self.monitor, self.seed = monitor, seed
         self.trainer: Engine = _ignite.engine.Engine(lambda engine, batch: None)
         self._heard: tuple[int, Any] = (-1, None)
         self._view = ExitStack()
-        self._saved, self._resumed = -1, False
+        self._saved, self._told, self._resumed = -1, False, False
 
     @property
     def stopped(self) -> str:
@@ -64,9 +69,15 @@ class Regularization:
 
     def attach(self, trainer: Engine, evaluator: Engine | None, *optimizers: Optimizer) -> Regularization:
         """Act in the steps of `optimizers`, hear each end of `evaluator` within `trainer`, and stop the latter."""
+        if self.run.attached or not optimizers:
+            got = "it is attached already" if self.run.attached else "it got none"
+            raise GoodfitError(
+                f"A Regularization is attached once, with all optimizers that step; {got}; attach(trainer, evaluator, a, b)."
+            )
         hears = next(self.run.cocktail.of(Epoch), None)
         if hears is not None and evaluator is None:
             raise GoodfitError(f"{hears} needs the evaluator that validates, got None.")
+        self._join([one for one in _attached(trainer) if one.run.model is self.run.model])
         self.run.attach(*optimizers)
         self.trainer = trainer
         if evaluator is not None:
@@ -78,13 +89,24 @@ class Regularization:
             trainer.add_event_handler(event, self._end)
         return self
 
+    def _join(self, beside: list[Regularization]) -> None:
+        if not beside:
+            return
+        refuse_second(beside[0].run.cocktail, self.run.cocktail)
+        if self.seed != beside[0].seed:
+            raise GoodfitError(
+                f"A second Regularization has the seed of the first, by which inserted layers draw: seed={beside[0].seed}, got "
+                f"seed={self.seed}."
+            )
+
     def _start(self, trainer: Engine) -> None:
         """A training that was stopped is asked anew where it is run again, and not where it comes from a checkpoint."""
         if not self._resumed:
             self.run.go_on()
+            self._heard = (-1, None)
         elif self.stopped:
             trainer.terminate()
-        self._resumed, self._heard = False, (-1, None)
+        self._resumed = False
 
     def _enter(self, evaluator: Engine) -> None:
         if self._training():
@@ -107,13 +129,14 @@ class Regularization:
         if not self._training():
             return
         if now == self._heard[0]:
-            if data is not self._heard[1]:
+            if self._heard[1] is not None and data is not self._heard[1]:
                 raise GoodfitError(
                     f"The evaluator ran on two sets of data at iteration {now}, and one score decides; attach goodfit to an "
                     "evaluator that sees the validation data alone."
                 )
             return
-        if now == self._saved:
+        if now == self._saved and not self._told:
+            self._told = True
             warnings.warn(
                 f"The checkpoint of iteration {now} was saved before the validation, so what resumes from it has heard one "
                 "check less; save behind the validation.",
@@ -130,22 +153,30 @@ class Regularization:
         return monitored(evaluator.state.metrics, self.monitor, "the evaluator")
 
     def _end(self, trainer: Engine, *errors: BaseException) -> None:
-        """Give back the best, whatever ended the training; what ended it early may have come before there was one."""
+        """Give back the best where the training ends; what ended it early may have come before there was one."""
         self._view.close()
-        try:
-            self.run.finish(trainer.state.dataloader)
-        except GoodfitError:
-            if not (errors or trainer.should_terminate):
-                raise
-        if errors and len(trainer._event_handlers[_Events.EXCEPTION_RAISED]) == 1:
+        if not errors or trainer._dataloader_iter is None:  # else a handler of the user's may let the training go on
+            try:
+                self.run.finish(trainer.state.dataloader)
+            except GoodfitError:
+                if not (errors or trainer.should_terminate):
+                    raise
+        attached = _attached(trainer)
+        if errors and len(attached) == len(trainer._event_handlers[_Events.EXCEPTION_RAISED]) and self is attached[-1]:
             raise errors[0]  # Ignite takes an error that has a handler for handled
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the run must remember, for Ignite's `Checkpoint`."""
         self._saved = self.trainer.state.iteration
-        return self.run.state_dict()
+        return {**self.run.state_dict(), "iteration": torch.tensor(self._heard[0])}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken; the numbers of the cocktail are those of now."""
-        self.run.load_state_dict(saved)
-        self._resumed = True
+        self.run.load_state_dict({name: t for name, t in saved.items() if name != "iteration"})
+        self._heard, self._resumed = (int(saved["iteration"]), None), True
+
+
+def _attached(trainer: Engine) -> list[Regularization]:
+    """The regularizations of a trainer, in the order in which they hear its errors."""
+    owners = [getattr(handler, "__self__", None) for handler, *_ in trainer._event_handlers.get(_Events.EXCEPTION_RAISED, [])]
+    return [one for one in owners if isinstance(one, Regularization)]

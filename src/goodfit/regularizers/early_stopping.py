@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from goodfit.errors import GoodfitError
 from goodfit.hyper import hyper, lifted
 from goodfit.phases import Epoch, Finish, Report, State, Weights
-from goodfit.regularizers.best_file import named
+from goodfit.regularizers.best_file import named, refuse_other_model
 from goodfit.regularizers.watch import Watch
-from goodfit.stop.criterion import Criterion, Reason, below, refuse_missing, under
+from goodfit.stop.criterion import Criterion, Reason, refuse_missing
 from goodfit.stop.patience import Patience
-from goodfit.tensors import truth
+from goodfit.stop.resumed import refuse_other
+from goodfit.tensors import below, truth, under
 
 __all__ = ["EarlyStopping", "Watch"]
 
@@ -26,6 +27,7 @@ CHOICES = {
     "unit": ("checks", "steps"),
     "nonfinite": ("bad", "stop", "raise", "ignore", "rollback"),
 }
+SETTLED = ("mode", "unit")
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class EarlyStopping(Epoch, Finish):
        the best so far goes back into the model (the optimizer's moments are the loop's to reset).
     5. A warm-up is tracked, and cannot stop, whatever the criterion: only checks behind it do.
     6. Numbers and names without a meaning are refused.
-    7. The state holds no settings: resumed with another patience, that one counts; resumed with the same, it stops at the
-       same check.
+    7. Resumed with the same settings, it stops at the same check; with another patience, margin, threshold or warm-up, that
+       one counts, also behind a stop. Another mode, unit, kind of criterion, k, median, restore or keep is refused.
     8. Processes that train together decide on one reduced score, and so all at the same check.
     9. Kept is what was scored, weights and buffers, and it comes back however the training ended.
     10. It says why it stopped, with numbers, and as a `gf.stop.Reason`.
@@ -109,8 +111,18 @@ class EarlyStopping(Epoch, Finish):
         start = torch.tensor(math.inf, dtype=torch.float64)
         state = {"best": start, "last": start.clone()}
         state |= {name: torch.tensor(0) for name in ("checks", "best_check", "best_step")}
+        state |= {name: torch.tensor(CHOICES[name].index(getattr(self, name))) for name in SETTLED}
         state |= under("criterion.", self.criterion.init())
         return state | ({name: t.detach().clone() for name, t in named(weights, buffers).items()} if self.keeps else {})
+
+    def refuse_state(self, saved: State) -> None:
+        for name in SETTLED:
+            if name in saved and (there := CHOICES[name][int(saved[name])]) != getattr(self, name):
+                told = f"The state was saved with {name}={there!r}, and here it is {getattr(self, name)!r}"
+                raise GoodfitError(f"{told}, under which its numbers mean something else; say {name}={there!r}.")
+        if not self.keeps and any(name.startswith("weights.") for name in saved):
+            raise GoodfitError("The state was saved with the best weights in it, for which restore=False has no use.")
+        refuse_other(self.criterion, below("criterion.", saved))
 
     def epoch(self, report: Report, weights: Weights, buffers: Weights, state: State) -> tuple[Tensor, State]:
         self.refuse(report, "run.epoch")
@@ -137,6 +149,7 @@ class EarlyStopping(Epoch, Finish):
             "checks": checks,
             "best_check": torch.where(best, checks, state["best_check"]),
             "best_step": torch.where(best, step, state["best_step"]),
+            **{name: state[name] for name in SETTLED},
             **under("criterion.", inner),
             **(self._copies(best, named(weights, buffers), state) if self.keeps else {}),
         }
@@ -145,6 +158,7 @@ class EarlyStopping(Epoch, Finish):
 
     def _copies(self, best: Tensor, now: Weights, state: State) -> State:
         """What is kept: the model of now where it is the best, else what was; copied only where it must be."""
+        refuse_other_model(now, state)
         known = truth(best)
         if known is None:
             return {name: torch.where(best.to(t.device), t.detach(), state[name].to(t.device)) for name, t in now.items()}
@@ -165,6 +179,8 @@ class EarlyStopping(Epoch, Finish):
     def _back(
         self, found: Tensor, weights: Weights, buffers: Weights, state: State
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        refuse_other_model(named(weights, buffers), state)
+
         def best(kind: str, now: Weights) -> dict[str, Tensor]:
             return {name: torch.where(found.to(t.device), state[f"{kind}.{name}"].to(t.device), t) for name, t in now.items()}
 

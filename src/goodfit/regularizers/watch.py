@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -11,13 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from goodfit.errors import GoodfitError
-from goodfit.losses import score_of
+from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Report, State, Weights
 from goodfit.regularizers.best_file import BestFile
 from goodfit.stop.agreement import reduced
 from goodfit.stop.criterion import Reason
-from goodfit.tensors import from_text, load_tensors, tensors_of, to_text
+from goodfit.stop.telling import told
+from goodfit.surgery.refusals import refuse_lazy
+from goodfit.tensors import below, from_text, load_tensors, matched, refuse_no_state, tensors_of, to_text
 
 __all__ = ["Watch"]
 
@@ -37,6 +39,7 @@ class _Stopping(Protocol):
     def finish(self, weights: Weights, buffers: Weights, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
     def rolls_back(self, report: Report) -> bool: ...
     def refuse(self, report: Report, call: str) -> None: ...
+    def refuse_state(self, saved: State) -> None: ...
     def reason(self, state: State) -> str: ...
     def why(self, state: State) -> Reason: ...
 
@@ -51,6 +54,7 @@ class Watch:
     def __init__(self, stopping: _Stopping, model: nn.Module, keep: str | Path | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise GoodfitError(f"watch takes a torch.nn.Module, got a {type(model).__name__}.")
+        refuse_lazy(model, "watch")
         self.stopping, self.model = stopping, model
         self.file = None if keep is None else BestFile(keep, stopping)
         self.state = stopping.init(*self._tensors())
@@ -69,8 +73,8 @@ class Watch:
         step: int | Tensor | None = None,
     ) -> bool:
         """Hear one score, and what else the criterion needs; whether to stop."""
-        others = (train_loss, stderr, evidence, step, time.monotonic() - self._began)
-        report = Report(score_of(score), *(None if n is None else score_of(n) for n in others))
+        seconds = time.monotonic() - self._began
+        report = told(score, train_loss=train_loss, stderr=stderr, evidence=evidence, step=step, seconds=seconds)
         self.stopping.refuse(report, "stopping")
         self._in_order(report)
         report = reduced(report)
@@ -96,37 +100,45 @@ class Watch:
         return int(self.state["best_check"])
 
     def restore(self) -> nn.Module:
-        """Put the best weights and buffers back into the model."""
+        """Put the best weights and buffers back into the model; before the first check there are none, which is told."""
+        if not self.history:
+            warnings.warn("restore() came before any check: the model stays as it is.", GoodfitWarning, stacklevel=2)
         weights, buffers = tensors_of(self.model)
         load_tensors(self.model, *self.stopping.finish(weights, buffers, self._whole(weights, buffers)))
         return self.model
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that it must remember, as flat tensors, without settings; weights that are kept in a file stay there."""
+        """All that it must remember, as flat tensors; weights that are kept in a file stay there."""
         own = {
             "step": torch.tensor(self._step, dtype=torch.float64),
             "seconds": torch.tensor(time.monotonic() - self._began, dtype=torch.float64),
             "history": torch.tensor(self.history, dtype=torch.float64),
             "stopped": from_text(self.stopped),
             "reason": from_text(self.reason.name if self.reason else ""),
+            "settings": from_text(repr(self.stopping)),
+            "kept": from_text(self.file.mark if self.file else ""),
         }
         return {name: t.clone() for name, t in self.state.items()} | {f"watch.{name}": t for name, t in own.items()}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken, beside a model of the same weights."""
-        expected = self.state_dict()
-        odd = sorted(saved.keys() ^ expected.keys())
-        if odd:
-            raise GoodfitError(f"The state of another criterion or model: {odd[0]!r} does not match; make the same ones first.")
-        for name, t in self.state.items():
-            if saved[name].shape != t.shape:
-                shapes = f"{tuple(t.shape)}, got {tuple(saved[name].shape)}"
-                raise GoodfitError(f"The state of another model: {name!r} must have shape {shapes}; make the same model first.")
-        self.state = {name: torch.empty_like(t).copy_(saved[name]) for name, t in self.state.items()}
-        self.history = saved["watch.history"].tolist()
-        self.stopped, why = to_text(saved["watch.stopped"]), to_text(saved["watch.reason"])
+        """Go on where `state_dict` was taken, beside a model of the same weights; other settings are asked anew."""
+        refuse_no_state(saved)
+        own = below("watch.", saved)
+        mine = below("watch.", self.state_dict())
+        if own.keys() != mine.keys():
+            raise GoodfitError(
+                f"The state of no watch: {min(own.keys() ^ mine.keys())!r} does not match; load what its state_dict gave."
+            )
+        state = {name: t for name, t in saved.items() if not name.startswith("watch.")}
+        self.stopping.refuse_state(state)
+        state = matched(self.state, state, "criterion or model")
+        if self.file is not None:
+            self.file.take(to_text(own["kept"]), *tensors_of(self.model), state)
+        same = to_text(own["settings"]) == repr(self.stopping)
+        self.state, self.history = state, own["history"].tolist()
+        self.stopped, why = (to_text(own[name]) if same else "" for name in ("stopped", "reason"))
         self.reason = Reason[why] if why else None
-        self._step, self._began = float(saved["watch.step"]), time.monotonic() - float(saved["watch.seconds"])
+        self._step, self._began = float(own["step"]), time.monotonic() - float(own["seconds"])
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the regularizer keeps in its state."""

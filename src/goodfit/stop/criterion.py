@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import ClassVar
@@ -14,8 +14,9 @@ from torch import Tensor
 from goodfit.errors import GoodfitError
 from goodfit.hyper import lifted, validate
 from goodfit.phases import Report, State
+from goodfit.tensors import below, under
 
-__all__ = ["AllOf", "AnyOf", "Criterion", "Reason", "below", "refuse_missing", "under"]
+__all__ = ["AllOf", "AnyOf", "Criterion", "Reason", "refuse_missing"]
 
 
 class Reason(Enum):
@@ -116,6 +117,13 @@ class _Joined(Criterion):
     criteria: tuple[Criterion, ...]
     operator: ClassVar[str]
     word: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.criteria) is not tuple or not self.criteria or not all(isinstance(c, Criterion) for c in self.criteria):
+            raise GoodfitError(
+                f"{type(self).__name__} joins criteria, as in Patience(10){self.operator}GL(5), got {self.criteria!r}."
+            )
 
     @abstractmethod
     def decide(self, asked: Tensor) -> Tensor:
@@ -225,16 +233,6 @@ def refuse_missing(criterion: Criterion, report: Report, call: str) -> None:
         for name in one.needs:
             if getattr(report, name) is None:
                 raise GoodfitError(f"{type(one).__name__} needs {INPUTS[name]}; say {call}(score, {name}=...).")
-
-
-def below(prefix: str, state: Mapping[str, Tensor]) -> State:
-    """The entries under a prefix, without it."""
-    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-
-
-def under(prefix: str, state: Mapping[str, Tensor]) -> State:
-    """The entries, each under a prefix."""
-    return {prefix + name: t for name, t in state.items()}
 
 
 def kept(counts: Tensor, new: State, old: State) -> State:

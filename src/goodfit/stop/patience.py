@@ -77,9 +77,11 @@ class Patience(Criterion):
         length = f"{waited:g} {unit if waited != 1 else unit.removesuffix('s')}"
         if not state["anchor"].isfinite():
             return f"no finite score in {length}"
-        margins = ((self.min_delta, ""), (self.rel_delta, " of itself"), (self.stderrs, " standard errors"))
+        errors = f" standard error{'s' if self.stderrs != 1 else ''}"
+        margins = ((self.min_delta, ""), (self.rel_delta, " of itself"), (self.stderrs, errors))
         shown = " and ".join(f"{number:g}{what}" for number, what in margins if number)
-        return f"no improvement{f' by more than {shown}' if shown else ''} in {length}"
+        anchor = f" on {sign * float(state['anchor']):.6g}"
+        return f"no improvement{f'{anchor} by more than {shown}' if shown else ''} in {length}"
 
     def _tolerated(self, state: State) -> Tensor:
         return self.patience + self.grow * state["best_at"]

@@ -12,7 +12,8 @@ from torch import Tensor
 from goodfit.errors import GoodfitError
 from goodfit.hyper import hyper, lifted
 from goodfit.phases import Report, State
-from goodfit.stop.criterion import Criterion, Reason, below, under
+from goodfit.stop.criterion import Criterion, Reason
+from goodfit.tensors import below, under
 
 __all__ = ["Smoothed"]
 
