@@ -19,10 +19,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_readme_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_blocks_run_one_after_the_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
     blocks = re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert [name for name, _ in blocks] == ["loop", "text", "fit", "path", "shrink", "norms", "sampling", "stopping"]
+    assert [name for name, _ in blocks] == ["loop", "text", "fit", "overnight", "saving", *["path", "shrink", "norms", "sampling", "stopping"]]
     world: dict[str, object] = {}
     for name, block in blocks:
         exec(compile(block, f"README.md:{name}", "exec"), world)
