@@ -25,7 +25,14 @@ def test_readme_blocks_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
     blocks = re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert [name for name, _ in blocks] == ["loop", "text", "fit", "overnight", "saving", *["path", "shrink", "norms", "sampling", "stopping"]]
+    assert [name for name, _ in blocks] == [
+        "loop",
+        "text",
+        "fit",
+        "overnight",
+        "saving",
+        *["path", "shrink", "norms", "sampling", "stopping"],
+    ]
     world: dict[str, object] = {}
     for name, block in blocks:
         exec(compile(block, f"README.md:{name}", "exec"), world)
@@ -69,4 +76,4 @@ def test_no_module_hides_a_public_name() -> None:
         if "__main__" not in module.name:
             importlib.import_module(module.name)
     modules = {name for name in dir(gf) if isinstance(getattr(gf, name), types.ModuleType)}
-    assert modules == {"convert", "factors", "groups", "hyper", "phases", "schedules", "stop", "surgery", "where"}
+    assert modules == {"convert", "factors", "groups", "hyper", "logs", "phases", "schedules", "stop", "surgery", "where"}

@@ -15,6 +15,7 @@ from torch import nn
 from goodfit.checkpoints.folder import Damaged, read, write
 from goodfit.checkpoints.lock import Lock
 from goodfit.checkpoints.parts import check, give, refuse, take
+from goodfit.checkpoints.plain import packed, unpacked
 from goodfit.checkpoints.randomness import Randomness
 from goodfit.durable import draft_of, synced
 from goodfit.errors import GoodfitError, GoodfitWarning
@@ -142,13 +143,13 @@ class Saving:
             raise GoodfitError(f"{path} was saved of {there}, and is restored into {here}; name the same parts.")
         for name, part in self.parts.items():
             check(name, part, states[name])
-        before = {name: give(part) for name, part in self.parts.items()}
+        before = {name: unpacked(*packed(give(part), name)) for name, part in self.parts.items()}
         try:
             for name, part in self.parts.items():
                 take(part, states[name])
         except Exception as wrong:
-            for name, part in self.parts.items():
-                take(part, before[name])
+            for other, part in self.parts.items():
+                take(part, before[other])
             if isinstance(wrong, GoodfitError):
                 raise
             line = (str(wrong).strip().splitlines() or [type(wrong).__name__])[0]
