@@ -32,7 +32,7 @@ from plain import (
     valid_loss,
     validation,
 )
-from toys import Blur, Clip, Flood, Uphill
+from toys import Blur, Clip, Flood, Mean, Uphill
 
 lightning = pytest.importorskip("pytorch_lightning")
 from goodfit.adapters.lightning import Regularization  # noqa: E402
@@ -527,6 +527,28 @@ def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:
 def test_what_would_be_wrong_is_refused(cocktail: Any, settings: Any, reason: str) -> None:
     with pytest.raises(gf.GoodfitError, match=reason):
         fit(Module(), regularization(cocktail), **settings)
+
+
+@pytest.mark.parametrize(
+    "averager",
+    [
+        lightning.callbacks.WeightAveraging(),
+        lightning.callbacks.EMAWeightAveraging(decay=0.9),
+        lightning.callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=2),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_averages_of_lightning_serve_behind_the_regularization_where_nothing_is_restored(averager: Any) -> None:
+    reason = f"gives the weights to keep, and {type(averager).__name__} puts its averages in their place; drop"
+    for cocktail in ("EarlyStopping(3)", [Mean(0.2)]):
+        with pytest.raises(gf.GoodfitError, match=reason):
+            fit(Module(), regularization(cocktail), averager)
+    with pytest.raises(gf.GoodfitError, match=r"a copy of the module without BatchNorm\(.*\); put it behind Regularization"):
+        fit(Module(), averager, regularization("BatchNorm()"))
+    module, bare = Module(), Module()
+    fit(module, regularization("L2(0.1), BatchNorm()"), averager, epochs=4)
+    fit(bare, regularization("L2(0.1), BatchNorm()"), epochs=4)
+    assert not same(module.net, bare.net)
 
 
 def test_a_second_gradient_without_a_closure_is_refused() -> None:

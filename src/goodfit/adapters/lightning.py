@@ -25,12 +25,13 @@ from goodfit.adapters.host import (
 from goodfit.cocktail import Cocktail
 from goodfit.data import mapped
 from goodfit.errors import GoodfitError, GoodfitWarning
-from goodfit.phases import Build, Epoch, Gradient, Regularizer
+from goodfit.phases import Build, Epoch, Finish, Gradient, Regularizer
 
 __all__ = ["Regularization"]
 
 _lightning = imported("lightning", "lightning.pytorch", "pytorch_lightning")
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_AVERAGERS = (_lightning.callbacks.WeightAveraging, _lightning.callbacks.StochasticWeightAveraging)
 
 
 class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-defined]
@@ -98,6 +99,7 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
         if self._attached:
             raise GoodfitError("A Regularization serves one trainer.fit, and this one has; make another for the next.")
         refuse_sharded(pl_module, sharding)
+        self._refuse_averager(trainer.callbacks)
         if trainer.gradient_clip_val:
             setting = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
             refuse_clipping(self.cocktail, setting, "leave gradient_clip_val out")
@@ -110,6 +112,18 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
         deaf = next(self.cocktail.of(Epoch), None)
         if deaf is not None and not trainer.enable_validation:
             raise GoodfitError(f"{deaf} hears the validation, and there is none; give a validation_step and val_dataloaders.")
+
+    def _refuse_averager(self, callbacks: list[Any]) -> None:
+        """Lightning's averages are of the module as it was at their own setup, and take the place of what trains."""
+        averager = next((one for one in callbacks if isinstance(one, _AVERAGERS)), None)
+        if averager is None:
+            return
+        name, keeper = type(averager).__name__, next(self.cocktail.of(Finish), None)
+        if keeper is not None:
+            raise GoodfitError(f"{keeper} gives the weights to keep, and {name} puts its averages in their place; drop {name}.")
+        builder = next(self.cocktail.of(Build), None)
+        if builder is not None and callbacks.index(averager) < callbacks.index(self):
+            raise GoodfitError(f"{name} averages a copy of the module without {builder}; put it behind Regularization.")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         new = sorted({name for name, _ in self.run.model.named_parameters()} ^ self._names)
