@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -177,7 +178,38 @@ def test_checks_by_steps(tmp_path: Any) -> None:
 
 def test_a_look_before_the_training_is_no_check(tmp_path: Any) -> None:
     hosted = Model()
-    assert train(hosted, regularization(), folder=tmp_path, eval_on_start=True).state.epoch == STOP
+    host = trainer(hosted, regularization(), folder=tmp_path, eval_on_start=True, save_strategy="epoch")
+    host.evaluate()
+    host.train()
+    assert host.state.epoch == STOP
+    assert same(plain()[0], hosted.net)
+    hosted, ours = Model(), regularization()
+    train(hosted, ours, folder=tmp_path, eval_on_start=True, resume=tmp_path / "checkpoint-8")
+    assert ours.run.states(gf.EarlyStopping)[0][1]["checks"] == STOP
+    assert same(plain()[0], hosted.net)
+
+
+class Look(transformers.TrainerCallback):
+    """Evaluates on the training data, beside the Trainer's own evaluation."""
+
+    def __init__(self, prefix: str, event: str) -> None:
+        self.prefix = prefix
+        setattr(self, event, self.look)
+
+    def look(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        before = copy.deepcopy(control)  # an evaluation takes the wish for one back
+        self.host.evaluate(rows(X, Y), metric_key_prefix=self.prefix)
+        return before
+
+
+@pytest.mark.parametrize("prefix", ["train", "eval"])
+@pytest.mark.parametrize("event", ["on_epoch_begin", "on_step_end", "on_epoch_end", "on_save"])
+def test_an_evaluation_that_somebody_calls_is_no_check_and_needs_no_metric(prefix: str, event: str, tmp_path: Any) -> None:
+    hosted, look = Model(), Look(prefix, event)
+    by_steps = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    host = look.host = trainer(hosted, look, regularization(), folder=tmp_path, **by_steps)
+    host.train()
+    assert host.state.epoch == STOP
     assert same(plain()[0], hosted.net)
 
 
@@ -369,15 +401,38 @@ class Accident(transformers.TrainerCallback):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk")], ids=["Ctrl-C", "error"])
 def test_after_an_accident_finish_restores_the_best(error: Any, tmp_path: Any) -> None:
     hosted, ours = Model(), regularization()
+    host = trainer(hosted, ours, Accident(error, 7), folder=tmp_path)
     with pytest.raises(type(error)):
-        train(hosted, ours, Accident(error, 7), folder=tmp_path)
+        host.train()
     assert not same(plain(epochs=7)[0], hosted.net)
+    host.evaluate(rows(X, Y))  # of other data, and no check
     ours.finish()
     assert same(plain(epochs=7)[0], hosted.net)
+    assert host.evaluate()["eval_loss"] == pytest.approx(valid_loss(plain(epochs=7)[0]))
+    assert ours.run.states(gf.EarlyStopping)[0][1]["checks"] == 7
     early = regularization()
     with pytest.raises(type(error)):
         train(Model(), early, Accident(error, 0), folder=tmp_path)
     early.finish()  # of nothing: `finally: regularization.finish()` hides no error
+
+
+def test_an_evaluation_after_one_that_was_interrupted_is_no_check(tmp_path: Any) -> None:
+    """The Trainer then still wants to evaluate, and says that it trains."""
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if state.epoch == 3:
+                self.on_prediction_step = lambda *rest, **kwargs: None
+                raise KeyboardInterrupt
+
+    hosted, ours = Model(), regularization()
+    host = trainer(hosted, ours, Interrupt(), folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        host.train()
+    host.evaluate(rows(X, Y))
+    ours.finish()
+    assert ours.run.states(gf.EarlyStopping)[0][1]["checks"] == 2
+    assert same(plain(epochs=2)[0], hosted.net)
 
 
 # Several stoppings, and refusals

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         self.checkpoint = checkpoint
         self._whole: nn.Module | None = None
         self._file = "goodfit.safetensors"
-        self._training = self._finished = False
+        self._finished = False
         self._heard = -1
         self._others: dict[str, Any] = {}
 
@@ -91,13 +92,13 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         if model is not self._whole and self._run is not None:
             raise GoodfitError("The Trainer made its model anew after the regularization; give model= in place of model_init=.")
         self.run.attach(optimizer)
-        self._attached = self._training = True
+        self._attached = True
         if state.global_step:
             self._resume(Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"))
         control.should_training_stop = control.should_training_stop or bool(self.stopped)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if self.monitor is None or not self._training or not state.global_step or self.stopped:
+        if self.monitor is None or self.stopped or not _within_training():
             return
         if self.monitor in metrics:
             self._heard = state.global_step
@@ -116,7 +117,6 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
 
     def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         self._refuse_unheard(state)
-        self._training = False
         self.run.finish(train_dataloader)
         self._finished = True
 
@@ -151,6 +151,12 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
             )
         self.run.load_state_dict(state)
         self._heard = 0 if state["heard"] else -1
+
+
+def _within_training() -> bool:
+    """Whether the Trainer evaluates as its arguments say: neither on start nor as somebody calls `evaluate`, of which it
+    tells a callback nothing, and after a Ctrl-C it still says that it trains."""
+    return {"_maybe_log_save_evaluate", "_evaluate"} <= {frame.f_code.co_name for frame, _ in walk_stack(None)}
 
 
 def _fingerprint(model: nn.Module) -> str:
