@@ -472,6 +472,7 @@ def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
             {"load_best_model_at_end": True, "save_strategy": "epoch"},
             r"EarlyStopping\(3\) restores the best weights, and so does load_best_model_at_end=True",
         ),
+        ("L2(0.1)", {"auto_find_batch_size": True}, r"auto_find_batch_size=True begins train\(\) anew on weights that have"),
         ([Blur(0.1)], {}, r"Blur acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
         ([Flood(0.1)], {}, r"Flood acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
         ([Uphill(0.1)], {}, r"Uphill needs a second gradient, which takes one run\.loss\(x, y\) per step \(seen: 0\)"),
@@ -503,6 +504,11 @@ def test_a_run_is_made_once_for_the_model_that_trains(tmp_path: Any) -> None:
     host = train(Model(), ours, folder=tmp_path, num_train_epochs=1)
     with pytest.raises(gf.GoodfitError, match=r"serves one train\(\), and this one has"):
         host.train()
+    with pytest.raises(gf.GoodfitError, match=r"serves one Trainer, once in its callbacks; make a new one"):
+        trainer(Model(), ours, folder=tmp_path)
+    ours = regularization("L2(0.1)")
+    with pytest.raises(gf.GoodfitError, match=r"serves one Trainer, once in its callbacks; make a new one"):
+        trainer(Model(), ours, ours, folder=tmp_path)
     with pytest.raises(gf.GoodfitError, match="made its model anew after the regularization"):
         train(Model, regularization(), folder=tmp_path)
     host = trainer(Model(), folder=tmp_path)

@@ -55,6 +55,8 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         self._others: dict[str, Any] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._run is not None:
+            raise GoodfitError("A Regularization serves one Trainer, once in its callbacks; make a new one for another model.")
         beside = vars(state).setdefault("regularizations", [])  # what callbacks of one Trainer share
         beside.append(self)
         self._join(beside)
@@ -75,6 +77,10 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         builder = next(self.cocktail.of(Build), None)
         if builder is not None and args.n_gpu > 1:
             raise GoodfitError(f"{builder} cannot act in nn.DataParallel, which copies modules at each step; use torchrun.")
+        if args.auto_find_batch_size:
+            raise GoodfitError(
+                "auto_find_batch_size=True begins train() anew on weights that have trained; say per_device_train_batch_size."
+            )
         if args.max_grad_norm > 0:
             setting = f"TrainingArguments(max_grad_norm={args.max_grad_norm})"
             refuse_clipping(self.cocktail, setting, "set max_grad_norm=0")
@@ -88,7 +94,7 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kw: Any) -> None:
         if self._attached:
-            raise GoodfitError("A Regularization serves one train(), and this one has; make another, and a Trainer with it.")
+            raise GoodfitError("A Regularization serves one train(), and this one has; make a new one, and a Trainer with it.")
         if model is not self._whole and self._run is not None:
             raise GoodfitError("The Trainer made its model anew after the regularization; give model= in place of model_init=.")
         self.run.attach(optimizer)
