@@ -492,11 +492,20 @@ def test_the_tuner_finds_a_rate_without_regularizers_and_leaves_no_trace(tmp_pat
     assert same(plain()[0], module.net)
 
 
-def test_one_callback_serves_one_fit() -> None:
+def test_one_callback_serves_one_fit_of_one_module_and_is_listed_once() -> None:
+    reason = r"serves one module and one trainer\.fit, and this one has; make a new one"
     ours = regularization()
     host = fit(Module(), ours, epochs=1)
-    with pytest.raises(gf.GoodfitError, match=r"serves one trainer\.fit, and this one has"):
+    for other in (host, trainer(ours)):
+        with pytest.raises(gf.GoodfitError, match=reason):
+            other.fit(Module(), loader(), validation())
+    host = trainer(regularization())
+    host.validate(Module(), validation(), verbose=False)
+    with pytest.raises(gf.GoodfitError, match=reason):
         host.fit(Module(), loader(), validation())
+    ours = regularization()
+    with pytest.raises(gf.GoodfitError, match=r"The same Regularization is in callbacks=\[\.\.\.\] twice; list it once"):
+        fit(Module(), ours, ours)
 
 
 def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,7 @@ __all__ = ["Regularization"]
 
 _lightning = imported("lightning", "lightning.pytorch", "pytorch_lightning")
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_UNPLACED = count(-1, -1)  # until `setup` no two keys are equal, for which Lightning would blame the keys
 _AVERAGERS = (_lightning.callbacks.WeightAveraging, _lightning.callbacks.StochasticWeightAveraging)
 
 
@@ -54,10 +56,12 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
     @property
     def state_key(self) -> str:
         """Apart for several callbacks on one metric, and the same for another patience."""
-        return self._generate_state_key(monitor=self.monitor, place=id(self) if self._place is None else self._place)
+        return self._generate_state_key(monitor=self.monitor, place=next(_UNPLACED) if self._place is None else self._place)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         beside = [one for one in trainer.callbacks if isinstance(one, Regularization)]
+        if beside.count(self) > 1:
+            raise GoodfitError("The same Regularization is in callbacks=[...] twice; list it once.")
         self._place, self._fitting = beside.index(self), stage == "fit"
         self._join(beside)
         if self._fitting:
@@ -96,8 +100,8 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
 
     def _refuse(self, trainer: Any, pl_module: Any) -> None:
         sharding = next((kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED), None)
-        if self._attached:
-            raise GoodfitError("A Regularization serves one trainer.fit, and this one has; make another for the next.")
+        if self._attached or (self._run is not None and self._run.model is not self._part(pl_module)):
+            raise GoodfitError("A Regularization serves one module and one trainer.fit, and this one has; make a new one.")
         refuse_sharded(pl_module, sharding)
         self._refuse_averager(trainer.callbacks)
         if trainer.gradient_clip_val:
