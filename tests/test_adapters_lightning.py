@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,17 @@ def test_after_an_accident_the_best_is_back_and_the_checkpoint_of_it_goes_on(err
 def test_an_accident_before_the_first_score_leaves_the_error_alone() -> None:
     with pytest.raises(OSError, match="disk"):
         fit(Module(), regularization(), Accident(0, OSError("disk")))
+
+
+@pytest.mark.parametrize(("every", "told"), [(4, 1), (3, 0)])
+def test_a_checkpoint_that_was_saved_before_the_check_of_its_step_is_told_of_once(every: int, told: int, tmp_path: Any) -> None:
+    """Validated at steps 4 and 8; saved at 3 and 6 all checks so far are in it."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", gf.GoodfitWarning)
+        fit(Module(), regularization(), saver(tmp_path, every_n_train_steps=every), epochs=2)
+    ours = [str(one.message) for one in given if one.category is gf.GoodfitWarning]
+    assert len(ours) == told
+    assert all("The checkpoint of step 4 was saved before the validation, so what resumes" in one for one in ours)
 
 
 def test_checkpoints_that_cannot_go_on_are_refused(tmp_path: Any) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,18 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path: Any) -> None:
     hosted = Model()
     assert train(hosted, regularization(), folder=tmp_path, resume=tmp_path / "checkpoint-10").state.epoch == STOP
     assert same(plain()[0], hosted.net)
+
+
+@pytest.mark.parametrize(("every", "step"), [(4, 4), (3, 8)])
+def test_a_checkpoint_that_was_saved_before_the_check_of_its_step_is_told_of_once(every: int, step: int, tmp_path: Any) -> None:
+    """Evaluated at the end of the epoch, behind steps 4 and 8; saved at 3 and 6 all checks so far are in it, and at the last
+    step the Trainer always saves."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", gf.GoodfitWarning)
+        train(Model(), regularization(), folder=tmp_path, save_strategy="steps", save_steps=every, num_train_epochs=2)
+    ours = [str(one.message) for one in given if one.category is gf.GoodfitWarning]
+    assert len(ours) == 1
+    assert f"The checkpoint of step {step} was saved before the validation, so what resumes from it has heard" in ours[0]
 
 
 def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Any) -> None:

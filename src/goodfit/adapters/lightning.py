@@ -150,6 +150,7 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
         with self._view:  # checkpoints, which come later, hold what trains
             if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
                 return
+            self._tell_saved(trainer.global_step)
             go_on = self.run.epoch(monitored(trainer.callback_metrics, self.monitor, "the Trainer"))
             self.heard = True
             trainer.should_stop = trainer.should_stop or not go_on
@@ -161,6 +162,9 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
         if self._run is None:
             return {}
         return {"run": self._run.state_dict(), "finished": self.finished}
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._saved = trainer.global_step
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._fitting and self.state_key not in checkpoint["callbacks"]:

@@ -108,6 +108,7 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
             return
         if self.monitor in metrics:
             self._heard = state.global_step
+            self._tell_saved(state.global_step)
             go_on = self.run.epoch(metrics[self.monitor])
             control.should_training_stop = control.should_training_stop or not go_on
         self._others |= metrics
@@ -135,6 +136,7 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        self._saved = state.global_step
         told = {"weights": _fingerprint(self.run.model)}
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._file
         unfinished = path.with_suffix(".unfinished")
