@@ -373,6 +373,19 @@ def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_pa
     assert same(plain(patient)[0], module.net)
 
 
+@pytest.mark.parametrize("restore", [True, False])
+def test_what_had_stopped_within_an_epoch_stays_there(restore: bool, tmp_path: Any) -> None:
+    """At the second check without improvement, which is at step 6 of two epochs of 4."""
+    cocktail = gf.Cocktail(*REST, gf.EarlyStopping(2, mode="max", restore=restore))
+    saved = lightning.callbacks.ModelCheckpoint(tmp_path, monitor="valid_loss", filename="{step}", save_top_k=-1)
+    module, first = Module(), regularization(cocktail)
+    assert fit(module, first, saved, val_check_interval=2).global_step == 6
+    resumed, again = Module(), regularization(cocktail)
+    assert fit(resumed, again, resume=tmp_path / "step=6.ckpt", val_check_interval=2).global_step == 6
+    assert again.stopped == first.stopped
+    assert same(module.net, resumed.net)
+
+
 class Accident(lightning.Callback):
     def __init__(self, epoch: int, error: BaseException) -> None:
         self.epoch, self.error = epoch, error

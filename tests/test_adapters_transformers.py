@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from plain import AVERAGED, COCKTAIL, REST, SEED, STOP, XV, YV, X, Y, adam, loader, net, patience, plain, same, valid_loss
-from toys import Blur, Clip, Flood, Uphill
+from toys import Blur, Clip, Flood, Mean, Uphill
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -377,15 +377,32 @@ def test_a_checkpoint_that_was_saved_before_the_check_of_its_step_is_told_of_onc
 def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Any) -> None:
     first = regularization()
     last = train(Model(), first, folder=tmp_path, save_strategy="epoch").state.global_step
-    hosted, again = Model(), regularization()
-    host = train(hosted, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
-    assert host.state.global_step == last + 1  # the Trainer looks whether to stop behind a step, which is not kept
-    assert again.stopped == first.stopped
-    assert same(plain()[0], hosted.net)
     hosted = Model()
     host = train(hosted, regularization(MORE), folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
     assert host.state.epoch == STOP + 3
     assert same(plain(MORE)[0], hosted.net)
+
+
+@pytest.mark.parametrize("kinds", [REST, [*REST[:-1], Mean(0.2)]], ids=["batch norms", "averages"])
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.filterwarnings("ignore:The gradients of several batches:goodfit.GoodfitWarning")
+def test_the_step_that_the_trainer_takes_where_all_had_stopped_leaves_no_trace(
+    kinds: Any, restore: bool, parts: int, tmp_path: Any
+) -> None:
+    """It looks whether to stop behind a batch: one that is not kept, and neither evaluated nor saved."""
+    cocktail = gf.Cocktail(*kinds, gf.EarlyStopping(3, restore=restore))
+    settings = {"kind": Averaged, "save_strategy": "epoch", "gradient_accumulation_steps": parts}
+    hosted, first = Model(), regularization(cocktail)
+    last = train(hosted, first, folder=tmp_path, **settings).state.global_step
+    left = sorted(tmp_path.iterdir())
+    resumed, again = Model(), regularization(cocktail)
+    host = train(resumed, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}", **settings)
+    assert again.stopped == first.stopped != ""
+    assert same(hosted, resumed)
+    assert host.state.global_step == last + (parts == 1)
+    assert sorted(tmp_path.iterdir()) == left
+    assert not any("eval_loss" in one for one in host.state.log_history if one["step"] > last)
 
 
 def test_a_checkpoint_from_elsewhere_is_named_and_never_mistaken(killed: Path, tmp_path: Any) -> None:

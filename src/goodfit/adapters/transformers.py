@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from goodfit.adapters.host import Hosted, imported, monitored, refuse_clipping, refuse_sharded, submodule
 from goodfit.cocktail import Cocktail
 from goodfit.data import mapped
 from goodfit.errors import GoodfitError
 from goodfit.phases import Build, Epoch, Regularizer
-from goodfit.tensors import tensors_of
+from goodfit.tensors import load_tensors, tensors_of
 
 __all__ = ["Regularization"]
 
@@ -52,6 +52,7 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         self._file = "goodfit.safetensors"
         self._finished = False
         self._heard = -1
+        self._before: dict[str, Tensor] = {}
         self._others: dict[str, Any] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -101,7 +102,18 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         self._attached = True
         if state.global_step:
             self._resume(Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"))
-        control.should_training_stop = control.should_training_stop or bool(self.stopped)
+        if self.stopped:
+            control.should_training_stop = True
+            self.run.detach()
+            self._before = {name: t.clone() for tensors in tensors_of(self.run.model) for name, t in tensors.items()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer looks whether to stop behind a step, which leaves no trace where all had stopped before it."""
+        if self._before:
+            load_tensors(self.run.model, self._before, {})
+            control.should_evaluate = control.should_save = False
+
+    on_epoch_end = on_step_end
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if self.monitor is None or self.stopped or not _within_training():
