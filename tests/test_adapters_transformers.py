@@ -214,6 +214,18 @@ def test_an_evaluation_that_somebody_calls_is_no_check_and_needs_no_metric(prefi
     assert same(plain()[0], hosted.net)
 
 
+@pytest.mark.parametrize("last", [1, 2], ids=["at the end", "before"])
+def test_an_evaluation_in_place_of_the_own_of_the_trainer_is_refused_at_once(last: int, tmp_path: Any) -> None:
+    class Careless(Look):
+        def look(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            super().look(args, state, *rest, **kwargs)
+
+    look = Careless("train", "on_epoch_end")
+    look.host = trainer(Model(), look, regularization(), folder=tmp_path, num_train_epochs=last)
+    with pytest.raises(gf.GoodfitError, match=r"evaluation of step 4 was cancelled by one that a callback called; let that"):
+        look.host.train()
+
+
 def test_several_evaluation_sets(tmp_path: Any) -> None:
     """The metric of one of them, wherever it stands."""
     for order in (("a", "b"), ("b", "a")):

@@ -50,7 +50,7 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         self.checkpoint = checkpoint
         self._whole: nn.Module | None = None
         self._file = "goodfit.safetensors"
-        self._finished = False
+        self._finished = self._due = False
         self._heard = -1
         self._before: dict[str, Tensor] = {}
         self._others: dict[str, Any] = {}
@@ -115,10 +115,14 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
 
     on_epoch_end = on_step_end
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._due = self._due or control.should_evaluate  # whoever evaluates: behind it the Trainer thinks it has been done
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if self.monitor is None or self.stopped or not _within_training():
+        if self.monitor is None or not _within_training():
             return
-        if self.monitor in metrics:
+        self._due = False
+        if self.monitor in metrics and not self.stopped:
             self._heard = state.global_step
             self._tell_saved(state.global_step)
             go_on = self.run.epoch(metrics[self.monitor])
@@ -127,6 +131,11 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
 
     def _refuse_unheard(self, state: Any) -> None:
         """Several evaluation sets give their metrics one after the other: what is missing shows behind them."""
+        if self._due and self.monitor is not None:
+            raise GoodfitError(
+                f"The evaluation of step {state.global_step} was cancelled by one that a callback called; let that callback "
+                "return a copy of control from before it."
+            )
         if self._others and self._heard != state.global_step:
             monitored(self._others, str(self.monitor), "the Trainer")
         self._others = {}
