@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from plain import (
     valid_loss,
     validation,
 )
-from toys import Blur, Clip, Flood, Uphill
+from toys import Blur, Clip, Flood, Mean, Uphill
 
 lightning = pytest.importorskip("pytorch_lightning")
 from goodfit.adapters.lightning import Regularization  # noqa: E402
@@ -372,6 +373,19 @@ def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_pa
     assert same(plain(patient)[0], module.net)
 
 
+@pytest.mark.parametrize("restore", [True, False])
+def test_what_had_stopped_within_an_epoch_stays_there(restore: bool, tmp_path: Any) -> None:
+    """At the second check without improvement, which is at step 6 of two epochs of 4."""
+    cocktail = gf.Cocktail(*REST, gf.EarlyStopping(2, mode="max", restore=restore))
+    saved = lightning.callbacks.ModelCheckpoint(tmp_path, monitor="valid_loss", filename="{step}", save_top_k=-1)
+    module, first = Module(), regularization(cocktail)
+    assert fit(module, first, saved, val_check_interval=2).global_step == 6
+    resumed, again = Module(), regularization(cocktail)
+    assert fit(resumed, again, resume=tmp_path / "step=6.ckpt", val_check_interval=2).global_step == 6
+    assert again.stopped == first.stopped
+    assert same(module.net, resumed.net)
+
+
 class Accident(lightning.Callback):
     def __init__(self, epoch: int, error: BaseException) -> None:
         self.epoch, self.error = epoch, error
@@ -403,6 +417,17 @@ def test_after_an_accident_the_best_is_back_and_the_checkpoint_of_it_goes_on(err
 def test_an_accident_before_the_first_score_leaves_the_error_alone() -> None:
     with pytest.raises(OSError, match="disk"):
         fit(Module(), regularization(), Accident(0, OSError("disk")))
+
+
+@pytest.mark.parametrize(("every", "told"), [(4, 1), (3, 0)])
+def test_a_checkpoint_that_was_saved_before_the_check_of_its_step_is_told_of_once(every: int, told: int, tmp_path: Any) -> None:
+    """Validated at steps 4 and 8; saved at 3 and 6 all checks so far are in it."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", gf.GoodfitWarning)
+        fit(Module(), regularization(), saver(tmp_path, every_n_train_steps=every), epochs=2)
+    ours = [str(one.message) for one in given if one.category is gf.GoodfitWarning]
+    assert len(ours) == told
+    assert all("The checkpoint of step 4 was saved before the validation, so what resumes" in one for one in ours)
 
 
 def test_checkpoints_that_cannot_go_on_are_refused(tmp_path: Any) -> None:
@@ -492,11 +517,20 @@ def test_the_tuner_finds_a_rate_without_regularizers_and_leaves_no_trace(tmp_pat
     assert same(plain()[0], module.net)
 
 
-def test_one_callback_serves_one_fit() -> None:
+def test_one_callback_serves_one_fit_of_one_module_and_is_listed_once() -> None:
+    reason = r"serves one module and one trainer\.fit, and this one has; make a new one"
     ours = regularization()
     host = fit(Module(), ours, epochs=1)
-    with pytest.raises(gf.GoodfitError, match=r"serves one trainer\.fit, and this one has"):
+    for other in (host, trainer(ours)):
+        with pytest.raises(gf.GoodfitError, match=reason):
+            other.fit(Module(), loader(), validation())
+    host = trainer(regularization())
+    host.validate(Module(), validation(), verbose=False)
+    with pytest.raises(gf.GoodfitError, match=reason):
         host.fit(Module(), loader(), validation())
+    ours = regularization()
+    with pytest.raises(gf.GoodfitError, match=r"The same Regularization is in callbacks=\[\.\.\.\] twice; list it once"):
+        fit(Module(), ours, ours)
 
 
 def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:
@@ -527,6 +561,28 @@ def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:
 def test_what_would_be_wrong_is_refused(cocktail: Any, settings: Any, reason: str) -> None:
     with pytest.raises(gf.GoodfitError, match=reason):
         fit(Module(), regularization(cocktail), **settings)
+
+
+@pytest.mark.parametrize(
+    "averager",
+    [
+        lightning.callbacks.WeightAveraging(),
+        lightning.callbacks.EMAWeightAveraging(decay=0.9),
+        lightning.callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=2),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_averages_of_lightning_serve_behind_the_regularization_where_nothing_is_restored(averager: Any) -> None:
+    reason = f"gives the weights to keep, and {type(averager).__name__} puts its averages in their place; drop"
+    for cocktail in ("EarlyStopping(3)", [Mean(0.2)]):
+        with pytest.raises(gf.GoodfitError, match=reason):
+            fit(Module(), regularization(cocktail), averager)
+    with pytest.raises(gf.GoodfitError, match=r"a copy of the module without BatchNorm\(.*\); put it behind Regularization"):
+        fit(Module(), averager, regularization("BatchNorm()"))
+    module, bare = Module(), Module()
+    fit(module, regularization("L2(0.1), BatchNorm()"), averager, epochs=4)
+    fit(bare, regularization("L2(0.1), BatchNorm()"), epochs=4)
+    assert not same(module.net, bare.net)
 
 
 def test_a_second_gradient_without_a_closure_is_refused() -> None:

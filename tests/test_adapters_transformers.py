@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from plain import AVERAGED, COCKTAIL, REST, SEED, STOP, XV, YV, X, Y, adam, loader, net, patience, plain, same, valid_loss
-from toys import Blur, Clip, Flood, Uphill
+from toys import Blur, Clip, Flood, Mean, Uphill
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -177,8 +179,51 @@ def test_checks_by_steps(tmp_path: Any) -> None:
 
 def test_a_look_before_the_training_is_no_check(tmp_path: Any) -> None:
     hosted = Model()
-    assert train(hosted, regularization(), folder=tmp_path, eval_on_start=True).state.epoch == STOP
+    host = trainer(hosted, regularization(), folder=tmp_path, eval_on_start=True, save_strategy="epoch")
+    host.evaluate()
+    host.train()
+    assert host.state.epoch == STOP
     assert same(plain()[0], hosted.net)
+    hosted, ours = Model(), regularization()
+    train(hosted, ours, folder=tmp_path, eval_on_start=True, resume=tmp_path / "checkpoint-8")
+    assert ours.run.states(gf.EarlyStopping)[0][1]["checks"] == STOP
+    assert same(plain()[0], hosted.net)
+
+
+class Look(transformers.TrainerCallback):
+    """Evaluates on the training data, beside the Trainer's own evaluation."""
+
+    def __init__(self, prefix: str, event: str) -> None:
+        self.prefix = prefix
+        setattr(self, event, self.look)
+
+    def look(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        before = copy.deepcopy(control)  # an evaluation takes the wish for one back
+        self.host.evaluate(rows(X, Y), metric_key_prefix=self.prefix)
+        return before
+
+
+@pytest.mark.parametrize("prefix", ["train", "eval"])
+@pytest.mark.parametrize("event", ["on_epoch_begin", "on_step_end", "on_epoch_end", "on_save"])
+def test_an_evaluation_that_somebody_calls_is_no_check_and_needs_no_metric(prefix: str, event: str, tmp_path: Any) -> None:
+    hosted, look = Model(), Look(prefix, event)
+    by_steps = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    host = look.host = trainer(hosted, look, regularization(), folder=tmp_path, **by_steps)
+    host.train()
+    assert host.state.epoch == STOP
+    assert same(plain()[0], hosted.net)
+
+
+@pytest.mark.parametrize("last", [1, 2], ids=["at the end", "before"])
+def test_an_evaluation_in_place_of_the_own_of_the_trainer_is_refused_at_once(last: int, tmp_path: Any) -> None:
+    class Careless(Look):
+        def look(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            super().look(args, state, *rest, **kwargs)
+
+    look = Careless("train", "on_epoch_end")
+    look.host = trainer(Model(), look, regularization(), folder=tmp_path, num_train_epochs=last)
+    with pytest.raises(gf.GoodfitError, match=r"evaluation of step 4 was cancelled by one that a callback called; let that"):
+        look.host.train()
 
 
 def test_several_evaluation_sets(tmp_path: Any) -> None:
@@ -329,18 +374,47 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path: Any) -> None:
     assert same(plain()[0], hosted.net)
 
 
+@pytest.mark.parametrize(("every", "step"), [(4, 4), (3, 8)])
+def test_a_checkpoint_that_was_saved_before_the_check_of_its_step_is_told_of_once(every: int, step: int, tmp_path: Any) -> None:
+    """Evaluated at the end of the epoch, behind steps 4 and 8; saved at 3 and 6 all checks so far are in it, and at the last
+    step the Trainer always saves."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", gf.GoodfitWarning)
+        train(Model(), regularization(), folder=tmp_path, save_strategy="steps", save_steps=every, num_train_epochs=2)
+    ours = [str(one.message) for one in given if one.category is gf.GoodfitWarning]
+    assert len(ours) == 1
+    assert f"The checkpoint of step {step} was saved before the validation, so what resumes from it has heard" in ours[0]
+
+
 def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_path: Any) -> None:
     first = regularization()
     last = train(Model(), first, folder=tmp_path, save_strategy="epoch").state.global_step
-    hosted, again = Model(), regularization()
-    host = train(hosted, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
-    assert host.state.global_step == last + 1  # the Trainer looks whether to stop behind a step, which is not kept
-    assert again.stopped == first.stopped
-    assert same(plain()[0], hosted.net)
     hosted = Model()
     host = train(hosted, regularization(MORE), folder=tmp_path, resume=tmp_path / f"checkpoint-{last}")
     assert host.state.epoch == STOP + 3
     assert same(plain(MORE)[0], hosted.net)
+
+
+@pytest.mark.parametrize("kinds", [REST, [*REST[:-1], Mean(0.2)]], ids=["batch norms", "averages"])
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.filterwarnings("ignore:The gradients of several batches:goodfit.GoodfitWarning")
+def test_the_step_that_the_trainer_takes_where_all_had_stopped_leaves_no_trace(
+    kinds: Any, restore: bool, parts: int, tmp_path: Any
+) -> None:
+    """It looks whether to stop behind a batch: one that is not kept, and neither evaluated nor saved."""
+    cocktail = gf.Cocktail(*kinds, gf.EarlyStopping(3, restore=restore))
+    settings = {"kind": Averaged, "save_strategy": "epoch", "gradient_accumulation_steps": parts}
+    hosted, first = Model(), regularization(cocktail)
+    last = train(hosted, first, folder=tmp_path, **settings).state.global_step
+    left = sorted(tmp_path.iterdir())
+    resumed, again = Model(), regularization(cocktail)
+    host = train(resumed, again, folder=tmp_path, resume=tmp_path / f"checkpoint-{last}", **settings)
+    assert again.stopped == first.stopped != ""
+    assert same(hosted, resumed)
+    assert host.state.global_step == last + (parts == 1)
+    assert sorted(tmp_path.iterdir()) == left
+    assert not any("eval_loss" in one for one in host.state.log_history if one["step"] > last)
 
 
 def test_a_checkpoint_from_elsewhere_is_named_and_never_mistaken(killed: Path, tmp_path: Any) -> None:
@@ -369,15 +443,38 @@ class Accident(transformers.TrainerCallback):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk")], ids=["Ctrl-C", "error"])
 def test_after_an_accident_finish_restores_the_best(error: Any, tmp_path: Any) -> None:
     hosted, ours = Model(), regularization()
+    host = trainer(hosted, ours, Accident(error, 7), folder=tmp_path)
     with pytest.raises(type(error)):
-        train(hosted, ours, Accident(error, 7), folder=tmp_path)
+        host.train()
     assert not same(plain(epochs=7)[0], hosted.net)
+    host.evaluate(rows(X, Y))  # of other data, and no check
     ours.finish()
     assert same(plain(epochs=7)[0], hosted.net)
+    assert host.evaluate()["eval_loss"] == pytest.approx(valid_loss(plain(epochs=7)[0]))
+    assert ours.run.states(gf.EarlyStopping)[0][1]["checks"] == 7
     early = regularization()
     with pytest.raises(type(error)):
         train(Model(), early, Accident(error, 0), folder=tmp_path)
     early.finish()  # of nothing: `finally: regularization.finish()` hides no error
+
+
+def test_an_evaluation_after_one_that_was_interrupted_is_no_check(tmp_path: Any) -> None:
+    """The Trainer then still wants to evaluate, and says that it trains."""
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if state.epoch == 3:
+                self.on_prediction_step = lambda *rest, **kwargs: None
+                raise KeyboardInterrupt
+
+    hosted, ours = Model(), regularization()
+    host = trainer(hosted, ours, Interrupt(), folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        host.train()
+    host.evaluate(rows(X, Y))
+    ours.finish()
+    assert ours.run.states(gf.EarlyStopping)[0][1]["checks"] == 2
+    assert same(plain(epochs=2)[0], hosted.net)
 
 
 # Several stoppings, and refusals
@@ -417,6 +514,7 @@ def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
             {"load_best_model_at_end": True, "save_strategy": "epoch"},
             r"EarlyStopping\(3\) restores the best weights, and so does load_best_model_at_end=True",
         ),
+        ("L2(0.1)", {"auto_find_batch_size": True}, r"auto_find_batch_size=True begins train\(\) anew on weights that have"),
         ([Blur(0.1)], {}, r"Blur acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
         ([Flood(0.1)], {}, r"Flood acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
         ([Uphill(0.1)], {}, r"Uphill needs a second gradient, which takes one run\.loss\(x, y\) per step \(seen: 0\)"),
@@ -448,6 +546,11 @@ def test_a_run_is_made_once_for_the_model_that_trains(tmp_path: Any) -> None:
     host = train(Model(), ours, folder=tmp_path, num_train_epochs=1)
     with pytest.raises(gf.GoodfitError, match=r"serves one train\(\), and this one has"):
         host.train()
+    with pytest.raises(gf.GoodfitError, match=r"serves one Trainer, once in its callbacks; make a new one"):
+        trainer(Model(), ours, folder=tmp_path)
+    ours = regularization("L2(0.1)")
+    with pytest.raises(gf.GoodfitError, match=r"serves one Trainer, once in its callbacks; make a new one"):
+        trainer(Model(), ours, ours, folder=tmp_path)
     with pytest.raises(gf.GoodfitError, match="made its model anew after the regularization"):
         train(Model, regularization(), folder=tmp_path)
     host = trainer(Model(), folder=tmp_path)

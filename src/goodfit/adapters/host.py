@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from goodfit.cocktail import Cocktail, as_cocktail
-from goodfit.errors import GoodfitError, nearest
+from goodfit.errors import GoodfitError, GoodfitWarning, nearest
 from goodfit.phases import Build, Epoch, Finish, Gradient, Regularizer, phases_of
 from goodfit.run import Run
 
@@ -51,6 +52,7 @@ class Hosted:
         self._settings: dict[str, Any] = {"loss": loss, "task": task}
         self._run: Run | None = None
         self._attached = False
+        self._saved, self._told = -1, False
 
     @property
     def run(self) -> Run:
@@ -66,6 +68,17 @@ class Hosted:
 
     def _make(self, part: nn.Module, example: Any) -> None:
         self._run = Run(self.cocktail, part, example=example, seed=self.seed, **self._settings)
+
+    def _tell_saved(self, step: int) -> None:
+        """Once, where a check is heard behind the checkpoint of its step."""
+        if step == self._saved and not self._told:
+            self._told = True
+            warnings.warn(
+                f"The checkpoint of step {step} was saved before the validation, so what resumes from it has heard one check "
+                "less; save behind the validation.",
+                GoodfitWarning,
+                stacklevel=2,
+            )
 
     def _join(self, beside: list[Any]) -> None:
         if self is not beside[0]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -25,12 +26,14 @@ from goodfit.adapters.host import (
 from goodfit.cocktail import Cocktail
 from goodfit.data import mapped
 from goodfit.errors import GoodfitError, GoodfitWarning
-from goodfit.phases import Build, Epoch, Gradient, Regularizer
+from goodfit.phases import Build, Epoch, Finish, Gradient, Regularizer
 
 __all__ = ["Regularization"]
 
 _lightning = imported("lightning", "lightning.pytorch", "pytorch_lightning")
 _SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_UNPLACED = count(-1, -1)  # until `setup` no two keys are equal, for which Lightning would blame the keys
+_AVERAGERS = (_lightning.callbacks.WeightAveraging, _lightning.callbacks.StochasticWeightAveraging)
 
 
 class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-defined]
@@ -53,10 +56,12 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
     @property
     def state_key(self) -> str:
         """Apart for several callbacks on one metric, and the same for another patience."""
-        return self._generate_state_key(monitor=self.monitor, place=id(self) if self._place is None else self._place)
+        return self._generate_state_key(monitor=self.monitor, place=next(_UNPLACED) if self._place is None else self._place)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         beside = [one for one in trainer.callbacks if isinstance(one, Regularization)]
+        if beside.count(self) > 1:
+            raise GoodfitError("The same Regularization is in callbacks=[...] twice; list it once.")
         self._place, self._fitting = beside.index(self), stage == "fit"
         self._join(beside)
         if self._fitting:
@@ -95,9 +100,10 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
 
     def _refuse(self, trainer: Any, pl_module: Any) -> None:
         sharding = next((kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED), None)
-        if self._attached:
-            raise GoodfitError("A Regularization serves one trainer.fit, and this one has; make another for the next.")
+        if self._attached or (self._run is not None and self._run.model is not self._part(pl_module)):
+            raise GoodfitError("A Regularization serves one module and one trainer.fit, and this one has; make a new one.")
         refuse_sharded(pl_module, sharding)
+        self._refuse_averager(trainer.callbacks)
         if trainer.gradient_clip_val:
             setting = f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
             refuse_clipping(self.cocktail, setting, "leave gradient_clip_val out")
@@ -110,6 +116,18 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
         deaf = next(self.cocktail.of(Epoch), None)
         if deaf is not None and not trainer.enable_validation:
             raise GoodfitError(f"{deaf} hears the validation, and there is none; give a validation_step and val_dataloaders.")
+
+    def _refuse_averager(self, callbacks: list[Any]) -> None:
+        """Lightning's averages are of the module as it was at their own setup, and take the place of what trains."""
+        averager = next((one for one in callbacks if isinstance(one, _AVERAGERS)), None)
+        if averager is None:
+            return
+        name, keeper = type(averager).__name__, next(self.cocktail.of(Finish), None)
+        if keeper is not None:
+            raise GoodfitError(f"{keeper} gives the weights to keep, and {name} puts its averages in their place; drop {name}.")
+        builder = next(self.cocktail.of(Build), None)
+        if builder is not None and callbacks.index(averager) < callbacks.index(self):
+            raise GoodfitError(f"{name} averages a copy of the module without {builder}; put it behind Regularization.")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         new = sorted({name for name, _ in self.run.model.named_parameters()} ^ self._names)
@@ -132,6 +150,7 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
         with self._view:  # checkpoints, which come later, hold what trains
             if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
                 return
+            self._tell_saved(trainer.global_step)
             go_on = self.run.epoch(monitored(trainer.callback_metrics, self.monitor, "the Trainer"))
             self.heard = True
             trainer.should_stop = trainer.should_stop or not go_on
@@ -143,6 +162,9 @@ class Regularization(Hosted, _lightning.Callback):  # type: ignore[misc, name-de
         if self._run is None:
             return {}
         return {"run": self._run.state_dict(), "finished": self.finished}
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._saved = trainer.global_step
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._fitting and self.state_key not in checkpoint["callbacks"]:

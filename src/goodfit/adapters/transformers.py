@@ -11,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from goodfit.adapters.host import Hosted, imported, monitored, refuse_clipping, refuse_sharded, submodule
 from goodfit.cocktail import Cocktail
 from goodfit.data import mapped
 from goodfit.errors import GoodfitError
 from goodfit.phases import Build, Epoch, Regularizer
-from goodfit.tensors import tensors_of
+from goodfit.tensors import load_tensors, tensors_of
 
 __all__ = ["Regularization"]
 
@@ -49,11 +50,14 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         self.checkpoint = checkpoint
         self._whole: nn.Module | None = None
         self._file = "goodfit.safetensors"
-        self._training = self._finished = False
+        self._finished = self._due = False
         self._heard = -1
+        self._before: dict[str, Tensor] = {}
         self._others: dict[str, Any] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._run is not None:
+            raise GoodfitError("A Regularization serves one Trainer, once in its callbacks; make a new one for another model.")
         beside = vars(state).setdefault("regularizations", [])  # what callbacks of one Trainer share
         beside.append(self)
         self._join(beside)
@@ -74,6 +78,10 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
         builder = next(self.cocktail.of(Build), None)
         if builder is not None and args.n_gpu > 1:
             raise GoodfitError(f"{builder} cannot act in nn.DataParallel, which copies modules at each step; use torchrun.")
+        if args.auto_find_batch_size:
+            raise GoodfitError(
+                "auto_find_batch_size=True begins train() anew on weights that have trained; say per_device_train_batch_size."
+            )
         if args.max_grad_norm > 0:
             setting = f"TrainingArguments(max_grad_norm={args.max_grad_norm})"
             refuse_clipping(self.cocktail, setting, "set max_grad_norm=0")
@@ -87,26 +95,47 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kw: Any) -> None:
         if self._attached:
-            raise GoodfitError("A Regularization serves one train(), and this one has; make another, and a Trainer with it.")
+            raise GoodfitError("A Regularization serves one train(), and this one has; make a new one, and a Trainer with it.")
         if model is not self._whole and self._run is not None:
             raise GoodfitError("The Trainer made its model anew after the regularization; give model= in place of model_init=.")
         self.run.attach(optimizer)
-        self._attached = self._training = True
+        self._attached = True
         if state.global_step:
             self._resume(Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"))
-        control.should_training_stop = control.should_training_stop or bool(self.stopped)
+        if self.stopped:
+            control.should_training_stop = True
+            self.run.detach()
+            self._before = {name: t.clone() for tensors in tensors_of(self.run.model) for name, t in tensors.items()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer looks whether to stop behind a step, which leaves no trace where all had stopped before it."""
+        if self._before:
+            load_tensors(self.run.model, self._before, {})
+            control.should_evaluate = control.should_save = False
+
+    on_epoch_end = on_step_end
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._due = self._due or control.should_evaluate  # whoever evaluates: behind it the Trainer thinks it has been done
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if self.monitor is None or not self._training or not state.global_step or self.stopped:
+        if self.monitor is None or not _within_training():
             return
-        if self.monitor in metrics:
+        self._due = False
+        if self.monitor in metrics and not self.stopped:
             self._heard = state.global_step
+            self._tell_saved(state.global_step)
             go_on = self.run.epoch(metrics[self.monitor])
             control.should_training_stop = control.should_training_stop or not go_on
         self._others |= metrics
 
     def _refuse_unheard(self, state: Any) -> None:
         """Several evaluation sets give their metrics one after the other: what is missing shows behind them."""
+        if self._due and self.monitor is not None:
+            raise GoodfitError(
+                f"The evaluation of step {state.global_step} was cancelled by one that a callback called; let that callback "
+                "return a copy of control from before it."
+            )
         if self._others and self._heard != state.global_step:
             monitored(self._others, str(self.monitor), "the Trainer")
         self._others = {}
@@ -116,7 +145,6 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
 
     def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         self._refuse_unheard(state)
-        self._training = False
         self.run.finish(train_dataloader)
         self._finished = True
 
@@ -129,6 +157,7 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        self._saved = state.global_step
         told = {"weights": _fingerprint(self.run.model)}
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._file
         unfinished = path.with_suffix(".unfinished")
@@ -151,6 +180,12 @@ class Regularization(Hosted, _transformers.TrainerCallback):  # type: ignore[mis
             )
         self.run.load_state_dict(state)
         self._heard = 0 if state["heard"] else -1
+
+
+def _within_training() -> bool:
+    """Whether the Trainer evaluates as its arguments say: neither on start nor as somebody calls `evaluate`, of which it
+    tells a callback nothing, and after a Ctrl-C it still says that it trains."""
+    return {"_maybe_log_save_evaluate", "_evaluate"} <= {frame.f_code.co_name for frame, _ in walk_stack(None)}
 
 
 def _fingerprint(model: nn.Module) -> str:
