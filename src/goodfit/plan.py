@@ -134,7 +134,8 @@ class Plan:
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken."""
         for key, one in self.of(Epoch):
-            one.refuse_state(below(f"{key}.", saved))
+            if own := below(f"{key}.", saved):  # none of it: another cocktail, which is told below
+                one.refuse_state(own)
         new = matched(self.state_dict(), saved, "cocktail or model")
         if int(new["seed"]) != self.seed:
             raise GoodfitError(f"The state was saved under another seed: make the run with seed={int(new['seed'])}.")
