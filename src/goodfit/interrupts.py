@@ -37,6 +37,7 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        self.pass_on()  # one that came behind the last step
 
     def pass_on(self) -> None:
         """End the process by SIGTERM, where that is what came."""
