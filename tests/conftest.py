@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True)  # --hypothesis-profile=default looks for new cases
 settings.load_profile("fixed")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in its background ignores Ctrl-C
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import random
 import re
 import signal
-import struct
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 import goodfit as gf
+from bits import bits
 from goodfit.checkpoints import checkpoints as module
-from goodfit.checkpoints.plain import packed, unpacked
 
 X = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(8, 4)
 
@@ -32,76 +28,6 @@ X = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(8, 4)
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 2)).double()
-
-
-def bits(value: Any) -> Any:
-    """Something to compare that tells nan, -0.0 and types apart."""
-    if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), value.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
-    if isinstance(value, np.ndarray | np.generic):
-        return type(value).__name__, str(value.dtype), value.shape, value.tobytes()
-    if isinstance(value, dict):
-        return type(value).__name__, [(bits(key), bits(one)) for key, one in value.items()]
-    if isinstance(value, list | tuple):
-        return type(value).__name__, [bits(one) for one in value]
-    return type(value).__name__, struct.pack("d", value) if isinstance(value, float) and value == value else str(value)
-
-
-NUMBERS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-KEYS = st.text() | st.integers() | st.booleans()
-STATES = st.recursive(
-    NUMBERS, lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(KEYS, inner), max_leaves=20
-)
-
-
-@given(STATES)
-def test_plain_states_come_back_as_they_were(state: Any) -> None:
-    import json
-
-    tree, tensors = packed(state, "x")
-    assert tensors == {}
-    assert bits(unpacked(json.loads(json.dumps(tree, allow_nan=False)), {})) == bits(state)
-
-
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int8, torch.uint8, torch.int64]
-TENSORS = {
-    **{str(kind): torch.tensor([[1, 2], [3, 4]]).to(kind) for kind in [*DTYPES, torch.bool]},
-    "numbers that are none": torch.tensor([math.nan, math.inf, -math.inf, -0.0]),
-    "scalar": torch.tensor(3.5),
-    "empty": torch.zeros(0, 3),
-    "transposed": torch.arange(6.0).reshape(2, 3).T,
-    "sliced": torch.arange(10.0)[::3],
-    "expanded": torch.ones(1, 2).expand(3, 2),
-    "conjugate": torch.tensor([1 + 2j]).conj(),
-    "parameter": nn.Parameter(torch.ones(2)),
-    "array": np.array([[1, 2]], dtype=np.uint32),
-    "number of numpy": np.float32(0.1),
-    "counter": Counter({3: 2}),
-    "nested": {1: (torch.ones(1), [{"a": torch.zeros(2, dtype=torch.bfloat16)}])},
-    "alike": {"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)},
-}
-
-
-@pytest.mark.parametrize("value", TENSORS.values(), ids=TENSORS)
-def test_tensors_come_back_to_the_bit(value: Any, tmp_path: Path) -> None:
-    gf.Checkpoints(tmp_path).watch(one={"value": value}).save(1)
-    found: dict[str, Any] = {}
-    assert gf.Checkpoints(tmp_path).watch(one=found).restore() == 1
-    expected = value.detach().resolve_conj() if isinstance(value, Tensor) else value
-    assert bits(found["value"]) == bits(expected)
-
-
-@pytest.mark.parametrize(
-    "value", [object(), {1}, b"bytes", torch.ones(2).to_sparse(), lambda: 0, net()], ids=lambda v: type(v).__name__
-)
-def test_what_no_checkpoint_can_hold_is_named_and_the_last_one_stays(value: Any, tmp_path: Path) -> None:
-    part: dict[str, Any] = {"a": [1]}
-    saving = gf.Checkpoints(tmp_path).watch(mine=part)
-    saving.save(1)
-    part["a"].append({"b": value})
-    with pytest.raises(gf.GoodfitError, match=r"and mine\.value\.a\.1\.b is a "):
-        saving.save(2)
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["step-000000001"]
 
 
 NAMES = ("RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD", "Adafactor", "LBFGS")

@@ -67,8 +67,8 @@ def read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         states = {}
         for part, tree in said["parts"].items():
             name = f"{part}.safetensors"
-            tensors = load_file(path / name) if name in files else {}
-            states[part] = unpacked(tree, {f"{part}.{key}": t for key, t in tensors.items()})
+            tensors = load_file(path / name) if name in files else {}  # views of the file, which may go or change
+            states[part] = unpacked(tree, {f"{part}.{key}": t.clone() for key, t in tensors.items()})
             if not isinstance(states[part], dict):
                 raise ValueError(f"{part} is no dict")
         return states, dict(said["about"])
