@@ -18,6 +18,7 @@ import goodfit as gf
 from goodfit import Dropout, GoodfitError, GoodfitWarning, convert_batchnorm
 from goodfit.batchnorms.groupnorm import relative_error
 from goodfit.layers.ghost import GhostBatchNorm2d
+from goodfit.layers.synchronized import SyncBatchNorm
 
 IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -96,7 +97,7 @@ def test_sync_and_ghost_say_the_same_and_keep_keys(to: str, norm: Any) -> None:
     assert torch.equal(model.said, before.said)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before.buffers(), strict=True))
     before.load_state_dict(model.state_dict())
-    kind = nn.SyncBatchNorm if to == "sync" else GhostBatchNorm2d
+    kind = SyncBatchNorm if to == "sync" else GhostBatchNorm2d
     assert all(isinstance(m, kind) for m in (model.first, model.second))
 
 
@@ -186,7 +187,7 @@ def test_converting_twice_changes_the_size_and_nothing_to_do_is_said() -> None:
     assert "size=20" in str(convert_batchnorm(model, "ghost", size=20))
     assert model.first.size == 20
     convert_batchnorm(model, "sync")
-    assert type(model.first) is nn.SyncBatchNorm or model.first.followers == ()
+    assert type(model.first) is SyncBatchNorm or model.first.followers == ()
     assert str(convert_batchnorm(model, "sync")) == "nothing to convert"
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from goodfit.errors import GoodfitError
+from goodfit.processes import world
 from goodfit.rows import mapped
 
 __all__ = ["Compute"]
@@ -69,10 +71,11 @@ class Compute:
         return torch.amp.GradScaler(home.type) if self.precision == "fp16" else None
 
     def placed(self, model: nn.Module) -> nn.Module | None:
-        """The model in its memory format; and compiled, where it is to be."""
+        """The model in its memory format; and wrapped, where gradients are exchanged with other processes or it is compiled."""
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return torch.compile(model) if self.compile else None  # type: ignore[return-value]
+        through = _exchanging(model) if world() > 1 else None
+        return torch.compile(through or model) if self.compile else through  # type: ignore[return-value]
 
     def laid(self, x: Any) -> Any:
         """An input batch in the memory format of the model."""
@@ -83,3 +86,14 @@ class Compute:
             return leaf.contiguous(memory_format=torch.channels_last) if isinstance(leaf, Tensor) and leaf.ndim == 4 else leaf
 
         return mapped(x, images)
+
+
+def _exchanging(model: nn.Module) -> nn.Module:
+    """A model whose gradients are the means of those of all processes."""
+    home = next(model.parameters()).device
+    lame = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm) and home.type == "cpu"]
+    if lame:
+        raise GoodfitError(
+            f"torch's SyncBatchNorm {lame[0]!r} is none for the CPU; gf.convert_batchnorm(model, 'sync') makes one."
+        )
+    return DistributedDataParallel(model)

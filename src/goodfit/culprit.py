@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from goodfit.processes import first_told
 from goodfit.rows import mapped
 from goodfit.surgery.running import call_model, quiet
 
@@ -24,21 +26,31 @@ def nonfinite(tensor: Any) -> str:
 
 def culprit(model: nn.Module, x: Any, y: Any, loss: Tensor) -> str:
     """What is to be said of a step whose loss or gradients are not finite: the first thing in it that is not."""
+    looks = (partial(_data, x, y), partial(_tensors, model), partial(_first_layer, model, x), partial(_loss, loss))
+    found = (first_told(look()) for look in looks)  # all processes look into one thing together
+    return next(filter(None, found), "") or _gradients(model)
+
+
+def _data(x: Any, y: Any) -> str:
     for name, data in (("x", x), ("y", y)):
         for leaf in _leaves(data):
             if kind := nonfinite(leaf):
                 bad = (~leaf.isfinite()).reshape(len(leaf) if leaf.ndim else 1, -1).any(1).nonzero()[:, 0].tolist()
                 return f"{name} has {kind} in {len(bad)} of its rows, the first of them row {bad[0]}"
+    return ""
+
+
+def _tensors(model: nn.Module) -> str:
     for what, tensors in (("weight", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             if kind := nonfinite(tensor):
                 return f"the {what} {name!r} has {kind}"
-    layer = _first_layer(model, x)
-    if layer:
-        return layer
-    if kind := nonfinite(loss):
-        return f"the loss is {kind}, of outputs that are finite"
-    return _gradients(model)
+    return ""
+
+
+def _loss(loss: Tensor) -> str:
+    kind = nonfinite(loss)
+    return f"the loss is {kind}, of outputs that are finite" if kind else ""
 
 
 def _leaves(data: Any) -> list[Tensor]:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from goodfit.errors import GoodfitError
 from goodfit.noise import Noise
+from goodfit.processes import rank, world
 from goodfit.rows import mapped, to_device
 
 __all__ = ["Batches", "Order", "batches_of", "mapped", "order_of", "peek", "to_device", "uncounted"]
@@ -24,15 +25,22 @@ class Order:
 
     With `shuffle` the order of an epoch is a pure function of (seed, epoch). A last batch of one row joins the batch
     before it: a batch norm cannot take it.
+    share: (which, of how many) processes, each of which has its share of every batch, of `each` rows at least: a last batch
+    of fewer joins the one before, too.
     """
 
-    def __init__(self, rows: int, size: int, *, shuffle: bool = False, seed: int = 0) -> None:
-        self.rows, self.size, self.shuffle, self.seed = rows, size, shuffle, seed
-        self.epoch = 0
+    def __init__(self, rows: int, size: int, *, shuffle: bool = False, seed: int = 0, share: tuple[int, int] = (0, 1)) -> None:
+        self.rows, self.size, self.shuffle, self.seed, self.share = rows, size, shuffle, seed, share
+        self.epoch, self.each = 0, 1
+
+    @property
+    def joins(self) -> int:
+        """How many rows at the end are too few for a batch, and join the one before."""
+        rest = self.rows % self.size
+        return rest if rest < max(2, self.each * self.share[1]) and self.rows > self.size else 0
 
     def __len__(self) -> int:
-        full, rest = divmod(self.rows, self.size)
-        return full + (rest > 1 or (rest == 1 and full == 0))
+        return -(-(self.rows - self.joins) // self.size)
 
     def __iter__(self) -> Iterator[Any]:
         rows = torch.arange(self.rows)
@@ -40,7 +48,8 @@ class Order:
             self.epoch += 1
             rows = torch.randperm(self.rows, generator=Noise(self.seed, "order", self.epoch).generator())
         for i in range(len(self)):
-            yield rows[i * self.size : (i + 1) * self.size if i + 1 < len(self) else None]
+            batch = rows[i * self.size : (i + 1) * self.size if i + 1 < len(self) else None]
+            yield batch[self.share[0] :: self.share[1]]
 
 
 class _Rows(Order):
@@ -71,15 +80,19 @@ def batches_of(data: Any, name: str, size: int, *, shuffle: bool, seed: int) -> 
     """Something to iterate for (x, y) batches; `name` is what an error calls the data."""
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise GoodfitError(f"batch_size must be an integer >= 1, got batch_size={size!r}.")
+    share = (rank(), world()) if shuffle else (0, 1)
     if isinstance(data, DataLoader | Batches):
+        _refuse_whole(data, name, shuffle)
         return _counted(data, name)
     if isinstance(data, IterableDataset):
+        if share[1] > 1 and shuffle:
+            raise GoodfitError(f"{name} is a stream, which cannot be shared among processes; give a Dataset or tensors.")
         return DataLoader(data, batch_size=size)
     if isinstance(data, TensorDataset) and len(data.tensors) == 2:
         data = data.tensors
     if isinstance(data, Dataset):
-        rows = _Rows(len(data), size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        return DataLoader(data, batch_sampler=_counted(rows, name))
+        rows = _Rows(len(data), size, shuffle=shuffle, seed=seed, share=share)  # type: ignore[arg-type]
+        return DataLoader(data, batch_sampler=_counted(_shared(rows, name), name))
     if not (isinstance(data, tuple | list) and len(data) == 2):
         shown = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list | dict) else type(data).__name__
         raise GoodfitError(f"{name} must be a DataLoader, a Dataset or a pair (x, y) of tensors or arrays, got {shown}.")
@@ -87,7 +100,7 @@ def batches_of(data: Any, name: str, size: int, *, shuffle: bool, seed: int) -> 
     lengths = {len(t) if t.ndim else 0 for t in (*_leaves(x), y)}
     if len(lengths) != 1:
         raise GoodfitError(f"{name} must have as many rows in x as in y, got {sorted(lengths)}.")
-    return _counted(Batches(x, y, Order(len(y), size, shuffle=shuffle, seed=seed)), name)
+    return _counted(Batches(x, y, _shared(Order(len(y), size, shuffle=shuffle, seed=seed, share=share), name)), name)
 
 
 def peek(batches: Any) -> Any:
@@ -123,6 +136,34 @@ class _Uncounted:
             yield from self.batches
         finally:
             self.order.epoch = epoch
+
+
+def _shared(order: Order, name: str) -> Order:
+    """Refuse batches of which some process would get no row."""
+    least = min(order.size, order.rows)
+    if 0 < least < order.share[1]:
+        raise GoodfitError(
+            f"{order.share[1]} processes share each batch, and those of {name} have {least} rows; give more, or start fewer."
+        )
+    return order
+
+
+def _refuse_whole(data: Any, name: str, shuffle: bool) -> None:
+    """Refuse a loader that gives several processes the same rows to train on, or others than all to score."""
+    sampler = getattr(data, "sampler", None)
+    if world() == 1 or sampler is None or order_of(data) is not None:
+        return
+    split = (getattr(sampler, "rank", 0), getattr(sampler, "num_replicas", 1))
+    if shuffle and split != (rank(), world()):
+        raise GoodfitError(
+            f"{name} must be split among the {world()} processes: give tensors or a Dataset, which goodfit splits, or make the "
+            "DataLoader with sampler=DistributedSampler(dataset)."
+        )
+    if not shuffle and type(sampler) is not SequentialSampler:
+        raise GoodfitError(
+            f"{name} must give all its rows, in one order, to each of the {world()} processes, which score them by turns; make "
+            "the DataLoader without shuffle and sampler."
+        )
 
 
 def _taken(index: Tensor, t: Tensor) -> Tensor:

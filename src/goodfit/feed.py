@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from goodfit.checkpoints.randomness import Randomness
 from goodfit.data import order_of
 from goodfit.errors import GoodfitError
+from goodfit.processes import summed, world
+from goodfit.rows import rows_of
 
-__all__ = ["Feed", "generators", "persistent"]
+__all__ = ["Feed", "generators", "in_step", "persistent"]
 
 
 class Feed:
@@ -56,6 +58,15 @@ class Feed:
         self._saved = None if self.over else saved
         self._last = None
 
+    def adopt(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on where other processes than there are now were: all batches are shared anew."""
+        if order_of(self.batches) is None and not states[0]["over"]:
+            raise GoodfitError(
+                f"The training was saved in the middle of an epoch by {len(states)} processes, and its loader gives "
+                f"others to {world()}; start {len(states)}."
+            )
+        self.load_state_dict({**states[0], "last": "", "generators": self._randomness.state_dict()})
+
     def _beginning(self) -> Iterator[Any]:
         order = order_of(self.batches)
         self._began = {"order": 0 if order is None else order.epoch, "generators": self._randomness.state_dict()}
@@ -71,7 +82,7 @@ class Feed:
             order.epoch = saved["order"]
         batches = self._beginning()
         last = next(islice(batches, self.done - 1, None), None)
-        if last is None or _digest(last) != saved["last"]:
+        if last is None or _digest(last) != (saved["last"] or _digest(last)):
             raise GoodfitError(
                 f"The training was saved behind batch {self.done} of epoch {self.number}, and train gives another one there: "
                 "give the same data, in an order that comes from a generator (a sampler that has a state of its own cannot be "
@@ -80,6 +91,26 @@ class Feed:
         self._randomness.load_state_dict(now)
         self._last = last
         return batches
+
+
+def in_step(batches: Iterable[Any]) -> Iterator[tuple[Any, int]]:
+    """The batches of an epoch with their rows, of all processes together; they must come to an end together."""
+    for batch in batches:
+        rows = rows_of(batch[1]) or 1
+        if world() > 1:
+            total, there = summed(rows, 1).tolist()
+            _refuse_alone(there)
+            rows = int(total)
+        yield batch, rows
+    if world() > 1:
+        _refuse_alone(float(summed(0, 0)[1]))
+
+
+def _refuse_alone(there: float) -> None:
+    if 0 < there < world():
+        raise GoodfitError(
+            f"train ends before its batch for some of the {world()} processes; give each as many (DistributedSampler does)."
+        )
 
 
 def persistent(batches: Any) -> bool:

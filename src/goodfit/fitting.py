@@ -31,6 +31,7 @@ from goodfit.preparation import (
     refuse_file,
     refuse_numbers,
 )
+from goodfit.processes import alike, rank, refuse_apart, together, world
 from goodfit.progress import Progress
 from goodfit.recipe import Recipe
 from goodfit.refitting import beginning, joined_data, refuse_refit, steps_for, train_for, without_stopping
@@ -119,11 +120,13 @@ def fit(
     refuse_refit(refit)
     refuse_policy(nonfinite)
     refuse_scheduler(scheduler, scheduler_unit, refit)
+    refuse_apart()
     saves = as_checkpoints(checkpoints, keep)
     training = batches_of(train, "train", batch_size, shuffle=True, seed=seed)
     validation = batches_of(valid, "valid", batch_size, shuffle=False, seed=seed)
     both = None if refit is None else joined_data(training, validation, batch_size, seed)
     mix, home = as_cocktail(cocktail), home_of(model, device)
+    alike([*model.parameters(), *model.buffers()])
     recipe = Recipe(
         cocktail=mix,
         loss=loss,
@@ -138,12 +141,13 @@ def fit(
         check_every=check_every,
         keep=keep,
         checkpoints=saves,
-        progress=progress,
+        progress=progress if rank() == 0 else False,
         logs=logs,
     )
     start, own = (None, None) if refit is None else beginning(model, optimizer)
     # Ctrl-C within torch.no_grad() may leave gradients off.
-    with torch.enable_grad(), torch.random.fork_rng(devices=[home] if home.type == "cuda" else []), recipe.compute.held():
+    apart = torch.random.fork_rng(devices=[home] if home.type == "cuda" else [])
+    with together(), torch.enable_grad(), apart, recipe.compute.held():
         work = recipe.begin(model, training, validation)
         found = _train(recipe, work, epochs, start)
         if start is None or refit is None or work.reason is Reason.INTERRUPTED:
@@ -181,6 +185,7 @@ def _again(recipe: Recipe, found: Fit, work: Training, start: nn.Module, both: A
     if failed:
         warnings.warn(f"The refit {failed}: the model is the validated one.", GoodfitWarning, stacklevel=3)
         return found
+    alike(start.buffers())
     anew.finish()
     _swap(found.model, start)
     return replace(found, refit=told, validated=start)
@@ -188,6 +193,7 @@ def _again(recipe: Recipe, found: Fit, work: Training, start: nn.Module, both: A
 
 def _finished(work: Training) -> Fit:
     """The weights to keep put back, and scored."""
+    alike(work.run.model.buffers())
     work.finish()
     kept = work.kept()
     try:
@@ -226,7 +232,7 @@ def _hand_over(work: Training, wrong: BaseException) -> None:
     """Put the best back, and hang what there is so far on what ended the training."""
     if not work.history:
         return
-    if not work.put_back:
+    if not work.put_back and (world() == 1 or not work.averages()):  # in which all processes would have to join
         with suppress(Exception, KeyboardInterrupt):  # what ended the training is what is told
             work.finish()
     kept = work.kept()  # nothing is scored anew: what failed would fail again

@@ -46,8 +46,8 @@ class Interrupts:
             signal.raise_signal(signal.SIGTERM)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = number
+        self.asked = self.asked or number  # torchrun sends a SIGTERM behind the Ctrl-C
         if self.tell is not None:
             self.tell("stops behind this step; Ctrl-C once more stops at once")

@@ -19,11 +19,14 @@ from goodfit.compute import Compute
 from goodfit.data import peek, to_device
 from goodfit.guard import Guard
 from goodfit.interrupts import Interrupts
+from goodfit.layers.synchronized import SyncBatchNorm
 from goodfit.learning_rates import MakeScheduler, scheduling
 from goodfit.logs import Told
 from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, rowwise, task_of
+from goodfit.noise import Noise
 from goodfit.preparation import MakeOptimizer, as_reals, averaged, in_steps, optimizer_for, refuse_maximizing
+from goodfit.processes import most, rank, world
 from goodfit.progress import Progress
 from goodfit.regularizers.batchnorm import BatchNorm
 from goodfit.rollback import back_to_best, refuse_rollback
@@ -64,7 +67,7 @@ class Recipe:
         loss = self.loss or loss_of(kind)
         with training_mode(model):
             if by_batch(model) or any(self.cocktail.of(BatchNorm)):
-                train = merged_for_norms(train, "train")
+                train = merged_for_norms(train, "train", each=2 if self._alone(model) else 1)
         mix = in_steps(self.cocktail, train if epoch is None else epoch)
         refuse_maximizing(mix)
         refuse_rollback(self.nonfinite, mix, self.keep)
@@ -73,14 +76,30 @@ class Recipe:
         prepare = as_reals(mix, kind, model, x, y)
         optimizer = optimizer_for(self.optimizer, model)
         with training_mode(model):
-            if len(y) == 1:
+            if most(len(y) == 1):
                 refuse_single_values(model, x)
         schedule = scheduling(self.scheduler, self.scheduler_unit, optimizer)
+        if world() > 1:  # masks of torch's own dropout differ from process to process
+            torch.manual_seed(Noise(self.seed, "process", rank()).generator().initial_seed())
         guard = Guard(model, self.nonfinite, partial(back_to_best, run, optimizer))
         stepping = Stepping(run, optimizer, prepare, self.compute, guard)
+        told = Told(self.logs if rank() == 0 else None)
         return Training(
-            stepping, train, valid, measure, rowwise(loss), self.check_every, self.nonfinite, Told(self.logs), schedule
+            stepping,
+            train,
+            valid,
+            measure,
+            rowwise(loss),
+            self.check_every,
+            self.nonfinite,
+            told,
+            schedule,
         )
+
+    def _alone(self, model: nn.Module) -> bool:
+        """Whether a batch norm sees the rows of its own process alone."""
+        apart = (m for m in by_batch(model).values() if not isinstance(m, SyncBatchNorm | nn.SyncBatchNorm))
+        return any(True for _ in apart) or any(not one.sync for one in self.cocktail.of(BatchNorm))
 
     def interrupts(self, bar: Progress) -> Interrupts:
         """What hears Ctrl-C while it trains."""

@@ -68,7 +68,9 @@ def joined_data(train: Any, valid: Any, size: int, seed: int) -> Any:
     """Batches over the rows of both, in the order and size of those of train."""
     if isinstance(train, Batches) and isinstance(valid, Batches):
         x, y = joined([(train.x, train.y), (valid.x, valid.y)])
-        return Batches(x, y, Order(len(y), train.order.size, shuffle=train.order.shuffle, seed=train.order.seed))
+        return Batches(
+            x, y, Order(len(y), train.order.size, shuffle=train.order.shuffle, seed=train.order.seed, share=train.order.share)
+        )
     rows: Any = ConcatDataset([_dataset(train, "train"), _dataset(valid, "valid")])
     if not isinstance(train, DataLoader) or isinstance(train.batch_sampler, Order):
         return batches_of(rows, "train", size, shuffle=True, seed=seed)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from goodfit.checkpoints.checkpoints import Checkpoints
+from goodfit.checkpoints.processes import OfEach
 from goodfit.checkpoints.randomness import Randomness
 from goodfit.errors import GoodfitError
 from goodfit.feed import generators, persistent
@@ -28,8 +29,7 @@ class Place:
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain numbers."""
         numbers = {name: getattr(self.work, name) for name in ("epoch", "step", "history")}
-        parts = {"feed": self.work.feed.state_dict(), "tally": self.work.tally.state_dict()}
-        return {**numbers, **parts, "batches": self._batches()}
+        return {**numbers, "tally": self.work.tally.state_dict(), "batches": self._batches()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
@@ -41,7 +41,6 @@ class Place:
         for name in ("epoch", "step", "history"):
             setattr(self.work, name, saved[name])
         self.work.tally.load_state_dict(saved["tally"])
-        self.work.feed.load_state_dict(saved["feed"])
 
     def _batches(self) -> list[int]:
         """How many there are in train and valid, -1 where they do not tell."""
@@ -81,8 +80,8 @@ def resume(work: Training, checkpoints: Checkpoints, start: nn.Module | None) ->
     parts = {"model": work.run.model, "optimizer": stepping.optimizer, "run": work.run, "scheduler": scheduler}
     parts |= {"scaler": stepping.scaler, "start": start}
     given = {name: part for name, part in parts.items() if part is not None}
-    randomness = Randomness(*generators(work.train, work.valid))
-    work.saving = checkpoints.watch(**given, training=Place(work), randomness=randomness)
+    randomness = OfEach(Randomness(*generators(work.train, work.valid)))
+    work.saving = checkpoints.watch(**given, training=Place(work), feed=OfEach(work.feed), randomness=randomness)
     step = work.saving.restore()
     if step and scheduler is not None:
         stepping.optimizer._opt_called = True  # type: ignore[attr-defined]  # in another process: the scheduler need not warn

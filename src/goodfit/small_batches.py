@@ -79,17 +79,24 @@ class Merged:
             ) from None
 
 
-def merged_for_norms(batches: Any, name: str) -> Any:
-    """Batches of fit for a model with batch norms; what is done is told, where it can be before anything is trained."""
-    foreseen = _foreseen(batches)
-    if foreseen is not None and _single(*foreseen):
+def merged_for_norms(batches: Any, name: str, each: int = 1) -> Any:
+    """Batches of fit for a model with batch norms; what is done is told, where it can be before anything is trained.
+
+    each: rows that every process needs of a batch, two where its batch norms are alone with them.
+    """
+    foreseen, order = _foreseen(batches), _order(batches)
+    if isinstance(order, Order):
+        order.each = each
+    joins = order.joins if isinstance(order, Order) else 1 if foreseen is not None and _single(*foreseen) else 0
+    if joins and foreseen is not None:
         rows, size = foreseen
+        last = "last row joins" if joins == 1 else f"last {joins} rows join"
         warnings.warn(
-            f"{name} has {rows} rows in batches of {size}: the last row joins the batch before it, {_WHY}.",
+            f"{name} has {rows} rows in batches of {size}: the {last} the batch before it, {_WHY}.",
             GoodfitWarning,
             stacklevel=3,
         )
-    if isinstance(_order(batches), Order):
+    if isinstance(order, Order):
         return batches
     merged = merge_last(batches)
     return Merged(batches, untold=name) if merged is not batches and foreseen is None else merged

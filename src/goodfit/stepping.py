@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 
 from goodfit.compute import Compute
 from goodfit.data import to_device
+from goodfit.feed import in_step
 from goodfit.guard import Guard
 from goodfit.loop import Prepare
+from goodfit.processes import summed, world
 from goodfit.rows import rows_of
 from goodfit.run import Run
 
@@ -41,8 +43,8 @@ class Stepping:
     def over(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
         """One epoch, step by step: the mean loss over its rows, as it was before the step, and how many they are."""
         window: list[_Micro] = []
-        for batch in batches:
-            window.append(self._backward(batch, window[0].rows if window else None))
+        for batch, rows in in_step(batches):
+            window.append(self._backward(batch, rows, window[0].rows if window else None))
             if len(window) == self.compute.accumulate:
                 yield from self._stepped(window)
                 window = []
@@ -61,8 +63,8 @@ class Stepping:
         """What forwards run in, those of a validation too."""
         return self.compute.autocast(self._home)
 
-    def _backward(self, batch: Any, first: int | None) -> _Micro:
-        """Gradients of one batch; of several they add up in the share of its rows."""
+    def _backward(self, batch: Any, rows: int, first: int | None) -> _Micro:
+        """Gradients of one batch; of several, and over processes, they add up in the share of its rows."""
         x, y = to_device(batch, self._home)
         x, y = self.compute.laid(x), y if self.prepare is None else self.prepare(y)
         if first is None:
@@ -72,10 +74,11 @@ class Stepping:
         x, y = self.run.batch(x, y)
         with self.autocast():
             loss = self.run.loss(x, y, through=self._through)
-        rows = rows_of(y) or 1
-        share = loss if first in (None, rows) else loss * (rows / first)
-        torch.autograd.backward(share if self.scaler is None else self.scaler.scale(share))
-        return _Micro(x, y, loss.detach(), rows)
+        own = rows_of(y) or 1
+        share = own * world() / (first or rows)  # DDP takes the mean over the processes
+        whole = loss if share == 1 else loss * share
+        torch.autograd.backward(whole if self.scaler is None else self.scaler.scale(whole))
+        return _Micro(x, y, loss.detach(), own, rows)
 
     def _stepped(self, window: list[_Micro]) -> Iterator[tuple[Tensor, int]]:
         """The step, and what is told of it; nothing where it is left out."""
@@ -87,16 +90,21 @@ class Stepping:
                 if p.grad is not None:
                     p.grad.mul_(window[0].rows / rows)
         self._seen += 1
-        if self._taken(window):
+        fine = self.guard is None or self.guard.finite([one.loss for one in window])
+        total = torch.stack([one.loss.double() * one.own for one in window]).sum()
+        if world() > 1:
+            total, spoiled = summed(total, not fine)
+            fine = not spoiled
+        if fine or not self._left_out(window):
             self.run.gradient(self.optimizer)
             self._move()
             self.run.step(self.optimizer)
-            yield torch.stack([one.loss.double() * one.rows for one in window]).sum() / rows, rows
+            yield total / rows, rows
 
-    def _taken(self, window: list[_Micro]) -> bool:
-        """Whether the step is to be taken: a scaled loss may overflow once in a while, and everything else is looked into."""
-        if self.guard is None or self.guard.finite([one.loss for one in window]):
-            return True
+    def _left_out(self, window: list[_Micro]) -> bool:
+        """A scaled loss may overflow once in a while; everything else is looked into."""
+        if self.guard is None:
+            return False
         self.guard.restore()
         if self.scaler is not None and self.scaler.get_scale() > 1:
             self._move()
@@ -104,7 +112,7 @@ class Stepping:
             last = window[-1]
             self.guard.refuse(self._seen, last.x, last.y, last.loss)
         self.run.skip()
-        return False
+        return True
 
     def _move(self) -> None:
         if self.scaler is None:
@@ -116,9 +124,10 @@ class Stepping:
 
 @dataclass(frozen=True)
 class _Micro:
-    """One of the batches of a step."""
+    """One of the batches of a step. loss: the mean over its own rows; rows: those of all processes."""
 
     x: Any
     y: Any
     loss: Tensor
+    own: int
     rows: int

@@ -18,6 +18,7 @@ from goodfit.learning_rates import Scheduling
 from goodfit.logs import Told
 from goodfit.loop import LossFunction, evaluate, mean_and_stderr
 from goodfit.phases import Finish
+from goodfit.processes import alike, most
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.stepping import Stepping
@@ -59,7 +60,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.run, self.feed = self.stepping.run, Feed(self.train)
-        looks = self._asked("evidence") or self._averages()
+        looks = self._asked("evidence") or self.averages()
         if self.check_every and looks and persistent(self.train):
             raise GoodfitError(
                 "check_every looks at the training data in the middle of an epoch here, for averages or evidence, and workers "
@@ -111,10 +112,14 @@ class Training:
         step = self.restored()
         if step is None:
             within = self.reason in (Reason.INTERRUPTED, Reason.FAILED)  # in the middle of a step, maybe
-            if within or (self._averages() and not self.put_back):
+            if within or (self.averages() and not self.put_back):
                 return None
             step = self.step
         return next((row for row in self.history if row["step"] == step), None)
+
+    def averages(self) -> bool:
+        """Whether what is kept is made of the weights of several steps."""
+        return any(one.averages for one, _ in self.run.states(Finish))
 
     def finish(self) -> None:
         """The weights to keep, into the model."""
@@ -163,7 +168,8 @@ class Training:
         self.schedule.behind("epochs")
 
     def _between(self) -> bool:
-        """Between two steps: save where it is time to, and hear a signal; whether to go on."""
+        """Between two steps: save where it is time to, and hear a signal, of any process; whether to go on."""
+        self._interrupts.asked = most(self._interrupts.asked)
         if self._interrupts.asked:
             if self.saving is not None:
                 self.saving.save(self.step)
@@ -171,13 +177,15 @@ class Training:
             if not self.history:
                 raise KeyboardInterrupt
             self._end(f"interrupted in epoch {self.epoch}", Reason.INTERRUPTED)
-        elif self.saving is not None:
+            return False
+        if self.saving is not None:
             self.saving(self.step)
-        return not self._interrupts.asked
+        return True
 
     def _check(self, bar: Progress) -> bool:
         """Score what would be kept, and tell the run; whether to go on."""
         train_loss = self.tally.mean
+        alike(self.run.model.buffers())
         with self.run.view(uncounted(self.train)):
             with self.stepping.autocast():
                 score, stderr = mean_and_stderr(self.run.model, self.valid, self.measure, self.rowwise)
@@ -218,9 +226,6 @@ class Training:
     def _asked(self, name: str) -> bool:
         """Whether a criterion asks for it."""
         return any(name in one.criterion.needs for one, _ in self.run.states(EarlyStopping))
-
-    def _averages(self) -> bool:
-        return any(one.averages for one, _ in self.run.states(Finish))
 
     def _refuse_unknown(self, stderr: float | None) -> None:
         if stderr is None and self._asked("stderr"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,8 +18,8 @@ from goodfit.batchnorms.freeze import owns_statistics
 from goodfit.batchnorms.groupnorm import to_groupnorm
 from goodfit.batchnorms.resting import settle_biases
 from goodfit.errors import GoodfitError, GoodfitWarning, nearest
-from goodfit.layers.followed import FollowedSyncBatchNorm
 from goodfit.layers.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from goodfit.layers.synchronized import FollowedSyncBatchNorm, FollowedTorchSyncBatchNorm, SyncBatchNorm, synchronized
 from goodfit.rows import joined
 from goodfit.surgery.insert import refuse_wrappers
 
@@ -61,8 +62,9 @@ def convert_batchnorm(
 ) -> Converted:
     """Turn all batch norms of a model into synchronized, ghost or group norms, in place, without renaming anything.
 
-    Formula:  "sync": torch's SyncBatchNorm, statistics over all processes. "ghost": in training, statistics of each `size`
-              consecutive rows of what the norm gets (tokens, where the model folds them into rows); eval is a batch norm's.
+    Formula:  "sync": statistics over all processes, by torch's SyncBatchNorm, or on the CPU, for which that is not made, by one
+              of the same formula. "ghost": in training, statistics of each `size` consecutive rows of what the norm gets
+              (tokens, where the model folds them into rows); eval is a batch norm's.
               "group": per row, y = γ · z + β with z = (x − mean) / √(var + eps) over groups of channels, and with the γ and β
               per channel that least squares find: min Σ (γz + β − t)², where t is what the batch norm said in eval mode, and z
               stands behind converted norms.
@@ -125,7 +127,7 @@ def _chosen(model: nn.Module, to: str) -> tuple[dict[_BatchNorm, str], Norms]:
     if not names:
         raise GoodfitError(f"convert_batchnorm found no batch norm in {type(model).__name__}; nothing to convert.")
     if to == "sync":
-        names = {m: name for m, name in names.items() if not isinstance(m, nn.SyncBatchNorm)}
+        names = {m: name for m, name in names.items() if not isinstance(m, _sync_of(m))}
     norms = {m: followers_of(name, m) for m, name in names.items()}
     for norm, name in names.items():
         if to == "ghost" and not isinstance(norm, tuple(_GHOSTS)):
@@ -137,8 +139,15 @@ def _chosen(model: nn.Module, to: str) -> tuple[dict[_BatchNorm, str], Norms]:
 
 
 def _to_sync(norm: _BatchNorm, followers: tuple[str, ...]) -> None:
-    norm.__class__ = FollowedSyncBatchNorm if followers else nn.SyncBatchNorm
+    kind = _sync_of(norm)
+    followed = FollowedSyncBatchNorm if kind is SyncBatchNorm else FollowedTorchSyncBatchNorm
+    norm.__class__ = followed if followers else kind
     vars(norm).update({"followers": followers} if followers else {}, process_group=None)
+
+
+def _sync_of(norm: _BatchNorm) -> type[_BatchNorm]:
+    """The synchronized batch norm that it is to be."""
+    return synchronized(next((t.device for t in (*norm.parameters(), *norm.buffers())), torch.device("cpu")))
 
 
 def _to_ghost(norm: _BatchNorm, followers: tuple[str, ...], size: int) -> None:
@@ -150,7 +159,7 @@ def _told(norm: nn.Module) -> str:
     if isinstance(norm, nn.GroupNorm):
         return f"GroupNorm({norm.num_groups}, {norm.num_channels})"
     size = f", size={norm.size}" if isinstance(norm, GhostBatchNorm) else ""
-    return f"{type(norm).__name__.removeprefix('Followed')}({norm.num_features}{size})"
+    return f"{type(norm).__name__.removeprefix('Followed').removeprefix('Torch')}({norm.num_features}{size})"
 
 
 def _left(model: nn.Module) -> tuple[str, ...]:

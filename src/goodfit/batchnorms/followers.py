@@ -13,11 +13,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from goodfit.errors import GoodfitError
 from goodfit.layers.followed import Followed
+from goodfit.layers.synchronized import SyncBatchNorm
 from goodfit.surgery.insert import inserted_into
 
 __all__ = ["batch_normalized", "followers_of"]
 
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm)
 _SPACE: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (), nn.BatchNorm3d: (2, 2, 2)}
 
 

@@ -16,9 +16,11 @@ from goodfit.checkpoints.folder import Damaged, read, write
 from goodfit.checkpoints.lock import Lock
 from goodfit.checkpoints.parts import check, give, refuse, take
 from goodfit.checkpoints.plain import packed, unpacked
+from goodfit.checkpoints.processes import OfEach, on_first
 from goodfit.checkpoints.randomness import Randomness
 from goodfit.durable import draft_of, synced
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.processes import rank, world
 
 __all__ = ["Checkpoints", "Saving"]
 
@@ -71,20 +73,18 @@ class Saving:
         self.how, self.folder = how, Path(how.folder)
         for name, part in parts.items():
             refuse(name, part)
-        self.parts = parts if "randomness" in parts else {**parts, "randomness": Randomness()}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.folder)
-        except (OSError, ValueError) as wrong:
-            raise _refused(self.folder, wrong) from None
+        self.parts = parts if "randomness" in parts else {**parts, "randomness": OfEach(Randomness())}
         self.step = 0
-        self._known = not self._found()
+        self._known = not on_first(self._open)
         self._cost = _foreseen(parts)
         self._since = time.monotonic()
 
     def __call__(self, step: int) -> bool:
-        """Save where it is time to; whether it was. A disk that does not take it is told, and tried again the next time."""
-        if not self._due(step):
+        """Save where it is time to; whether it was. A disk that does not take it is told, and tried again the next time.
+
+        In processes that train together all must call it, and `save` and `restore`; the first one writes, and decides.
+        """
+        if not (self._due(step) if self.how.every else on_first(lambda: self._due(step))):
             return False
         try:
             self.save(step)
@@ -99,6 +99,44 @@ class Saving:
         if not self._known:
             raise GoodfitError(f"{str(self.folder)!r} has checkpoints; call restore() first, or give another folder.")
         began = time.monotonic()
+        each = [part for part in self.parts.values() if isinstance(part, OfEach)]
+        for part in each:
+            part.collect()
+        try:
+            on_first(lambda: self._write(step))
+        finally:
+            for part in each:
+                part.forget()
+        self.step = step
+        self._since = time.monotonic()
+        self._cost = self._since - began
+
+    def restore(self) -> int:
+        """Go on where the newest checkpoint was taken that is whole; its step, 0 where there is none."""
+        newest = on_first(self._newest)
+        if newest is not None:
+            path, states, about = newest
+            self._take(path, states)
+            self.step = int(about["step"])
+            _compare(about)
+        self._known = True
+        return self.step
+
+    def close(self) -> None:
+        """Let another process write there."""
+        if rank() == 0:
+            self._lock.release()
+
+    def _open(self) -> bool:
+        """Make the folder; whether it has checkpoints."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.folder)
+        except (OSError, ValueError) as wrong:
+            raise _refused(self.folder, wrong) from None
+        return bool(self._found())
+
+    def _write(self, step: int) -> None:
         path = self.folder / f"step-{step:09d}"
         try:
             for left in self.folder.glob(".step-*.draft"):
@@ -107,36 +145,24 @@ class Saving:
                 self._remove(path)
             if not path.exists():
                 write(path, {name: give(part) for name, part in self.parts.items()}, {"step": step, **_versions()})
-            self.step = step
             for old in [one for one in self._found() if one != path][self.how.last - 1 :]:
                 self._remove(old)
         except OSError as wrong:
             raise _refused(self.folder, wrong) from None
-        self._since = time.monotonic()
-        self._cost = self._since - began
 
-    def restore(self) -> int:
-        """Go on where the newest checkpoint was taken that is whole; its step, 0 where there is none."""
+    def _newest(self) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
+        """The newest checkpoint that is whole: its path, its states, and what was said about it."""
         found = self._found()
         for path in found:
             try:
-                states, about = read(path)
+                return str(path), *read(path)
             except Damaged as wrong:
-                warnings.warn(f"{wrong}; the checkpoint before it is tried.", GoodfitWarning, stacklevel=2)
-                continue
-            self._take(path, states)
-            self.step, self._known = int(about["step"]), True
-            _compare(about)
-            return self.step
+                warnings.warn(f"{wrong}; the checkpoint before it is tried.", GoodfitWarning, stacklevel=3)
         if found:
             raise GoodfitError(f"No checkpoint in {str(self.folder)!r} is whole; begin anew in another folder.")
-        return 0
+        return None
 
-    def close(self) -> None:
-        """Let another process write there."""
-        self._lock.release()
-
-    def _take(self, path: Path, states: dict[str, dict[str, Any]]) -> None:
+    def _take(self, path: str, states: dict[str, dict[str, Any]]) -> None:
         """All parts, or none."""
         if states.keys() != self.parts.keys():
             there, here = (", ".join(sorted(one)) for one in (states, self.parts))
@@ -184,6 +210,7 @@ def _versions() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "processes": world(),
     }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from goodfit.processes import rank
 
 __all__ = ["Randomness"]
 
@@ -37,3 +39,8 @@ class Randomness:
             torch.cuda.set_rng_state(state, device)
         for one, state in zip(self.others, saved["others"], strict=True):
             one.set_state(state)
+
+    def adopt(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Of other processes than there are now: a process that is new keeps the generators that it has begun with."""
+        if rank() < len(states):
+            self.load_state_dict(states[rank()])

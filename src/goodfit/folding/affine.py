@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from goodfit.layers.synchronized import SyncBatchNorm
 from goodfit.surgery.insert import inserted_into, user_hooks
 
 __all__ = ["Affine", "affine", "batch_norms"]
 
-_PLAIN = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+_PLAIN = {_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward}
 _NOT_ONE = "does not act as scale · x + shift of its running statistics"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["Followed", "FollowedGroupNorm", "FollowedSyncBatchNorm"]
+__all__ = ["Followed", "FollowedGroupNorm"]
 
 
 class Followed(nn.Module):
@@ -21,7 +21,3 @@ class Followed(nn.Module):
 
 class FollowedGroupNorm(Followed, nn.GroupNorm):
     """Group normalization, then the followers."""
-
-
-class FollowedSyncBatchNorm(Followed, nn.SyncBatchNorm):
-    """Synchronized batch normalization, then the followers."""

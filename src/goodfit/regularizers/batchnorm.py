@@ -15,6 +15,7 @@ from goodfit.batchnorms.moments import Moments
 from goodfit.batchnorms.resting import rest_bias
 from goodfit.errors import GoodfitError, GoodfitWarning, nearest
 from goodfit.hyper import hyper
+from goodfit.layers.synchronized import synchronized
 from goodfit.phases import Build
 from goodfit.surgery.insert import has_inserted, insert_after, inserted_into, refuse_wrappers
 from goodfit.surgery.norm_places import Place, norm_places
@@ -38,7 +39,8 @@ class BatchNorm(Build):
     Numbers: momentum, share of the new batch, in [0, 1]; eps, variance units, > 0; gamma >= 0 and beta, where γ and β start;
         affine, whether they are learned; track_running_stats, else eval normalizes by its batch too. calibrate="identity"
         takes running statistics, γ and β from the example, of several rows, so that eval mode says what it said before.
-        zero_residual also puts a norm at the end of each residual branch, with γ = 0 there. No off value.
+        zero_residual also puts a norm at the end of each residual branch, with γ = 0 there. sync takes the batch's mean and
+        variance over all processes that train together. No off value.
     Errors: numbers outside their range, and starts of γ that contradict each other; a model without a place for it; a bare
         leaf, a DDP or compiled wrapper. A linear layer on (N, L, C) has its features last and is left out, with a warning.
     Source: Ioffe and Szegedy 2015, Batch normalization, arXiv 1502.03167; zero_residual: Goyal et al. 2017, Accurate, large
@@ -63,6 +65,7 @@ class BatchNorm(Build):
     beta: float = hyper(0.0, valid="(-inf, inf)", low=-1.0, high=1.0, fixed=True)
     calibrate: str = ""
     zero_residual: bool = False
+    sync: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +119,8 @@ class BatchNorm(Build):
 
     def _layer(self, place: Place) -> _BatchNorm:
         weight = next(place.host.parameters())
-        layer = _BY_RANK[place.output.ndim](
+        kind = synchronized(weight.device) if self.sync else _BY_RANK[place.output.ndim]
+        layer = kind(
             place.output.shape[1],
             eps=self.eps,
             momentum=self.momentum,
