@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import goodfit as gf
+from goodfit.layers.synchronized import SyncBatchNorm
 from together import in_processes
 
 ROWS, BATCH = 56, 12
@@ -87,3 +88,104 @@ def test_shares_train_what_one_process_trains(count: int, tmp_path: Path) -> Non
             others, also = kept(tmp_path, f"{name} {rank}")
             assert also == told
             assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def inserted_norms(rank: int, folder: str) -> None:
+    model = net()
+    model[1] = nn.Identity()
+    mix = gf.Cocktail(gf.BatchNorm(sync=True), gf.L2(1e-3))
+    keep(folder, f"inserted {rank}", gf.fit(model, *data(), mix, batch_size=BATCH, epochs=3, progress=False))
+
+
+def test_a_cocktail_inserts_synchronized_norms(tmp_path: Path) -> None:
+    in_processes(2, inserted_norms, tmp_path)
+    inserted_norms(9, str(tmp_path))
+    (weights, told), (expected, one) = kept(tmp_path, "inserted 0"), kept(tmp_path, "inserted 9")
+    assert math.isclose(told["score"], one["score"], rel_tol=1e-9)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(weights[key], tensor, rtol=0, atol=1e-9)
+
+
+SHAPES = [(7, 3), (5, 3, 4), (5, 3, 2, 2)]
+
+
+def normed(layer: nn.Module, x: Tensor, passes: int = 2) -> list[Tensor]:
+    """What a norm says, what flows back, and its statistics, after some passes."""
+    x = x.clone().requires_grad_()
+    for _ in range(passes):
+        y = layer(x)
+        layer.zero_grad()
+        x.grad = None
+        (y**3 * (1 + x)).sum().backward()
+    statistics = [b.double() for b in (layer.running_mean, layer.running_var, layer.num_batches_tracked) if b is not None]
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters()), *statistics]
+
+
+def norms() -> list[tuple[dict[str, Any], Tensor]]:
+    draws = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=draws, dtype=torch.float64) + 3 for shape in SHAPES]
+    settings = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False, "eps": 1e-3}]
+    return [(one, x) for one in settings for x in tensors]
+
+
+def synchronized_norms(rank: int, folder: str) -> None:
+    for i, (settings, x) in enumerate(norms()):
+        layer = SyncBatchNorm(3, **settings).double()
+        share = [0, 3, len(x)]  # of unequal sizes
+        own = normed(layer, x[share[rank] : share[rank + 1]])
+        save_file({str(k): t.contiguous() for k, t in enumerate(own)}, f"{folder}/norm{i}.{rank}.safetensors")
+
+
+def test_a_synchronized_norm_is_a_batch_norm_over_all_rows(tmp_path: Path) -> None:
+    in_processes(2, synchronized_norms, tmp_path)
+    for i, (settings, x) in enumerate(norms()):
+        layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[x.ndim](3, **settings).double()
+        expected = normed(layer, x)
+        first, second = (load_file(tmp_path / f"norm{i}.{rank}.safetensors") for rank in (0, 1))
+        affine = 2 if settings.get("affine", True) else 0
+        for k, whole in enumerate(expected):
+            one, other = first[str(k)], second[str(k)]
+            found = torch.cat([one, other]) if k < 2 else one + other if k < 2 + affine else one
+            torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-10)
+            assert k < 2 + affine or torch.equal(one, other)
+
+
+class Masks(nn.Module):
+    """A dropout that writes down what it kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.seen = nn.Dropout(0.5), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.drop(torch.ones_like(x))
+        if self.training:
+            self.seen.append(kept[0].tolist())
+        return x * kept
+
+
+def masks(rank: int, folder: str) -> None:
+    seen = Masks()
+    model = nn.Sequential(nn.Linear(4, 16), seen, nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1)).double()
+    weights: list[list[float]] = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            weights.append([float(p.detach().double().sum()) for p in model.parameters()])
+
+    found = gf.fit(model, *data(), "Dropout(0.3)", optimizer=lambda p: Noted(p, 0.1), epochs=3, batch_size=BATCH)
+    keep(folder, f"masks {rank}", found)
+    Path(f"{folder}/masks{rank}.json").write_text(json.dumps({"seen": seen.seen, "weights": weights}))
+
+
+@pytest.mark.filterwarnings("ignore::goodfit.GoodfitWarning")
+def test_masks_differ_and_weights_do_not(tmp_path: Path) -> None:
+    in_processes(2, masks, tmp_path)
+    one, other = (json.loads((tmp_path / f"masks{rank}.json").read_text()) for rank in (0, 1))
+    assert one["weights"] == other["weights"]
+    steps = [each["seen"][-len(one["weights"]) :] for each in (one, other)]  # behind what has looked at the model
+    assert all(mine != theirs for mine, theirs in zip(*steps, strict=True))
+    assert {key: t.tolist() for key, t in kept(tmp_path, "masks 0")[0].items()} == {
+        key: t.tolist() for key, t in kept(tmp_path, "masks 1")[0].items()
+    }  # the statistics of a norm of its own too

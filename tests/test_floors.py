@@ -48,6 +48,7 @@ FLOORS = [
     {"fitting", "recipe", "refitting", "resuming"},
     {"tabular", "report"},
     {"paths"},
+    {"launch"},
     {"job", "manual", "results", "terminal"},
     {"cli", "adapters"},
     {"__init__", "__main__"},

@@ -25,6 +25,7 @@ def _member(rank: int, count: int, work: Callable[..., Any], folder: str) -> Non
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
     store = torch.distributed.FileStore(f"{folder}/store{count}", count)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
     work(rank, folder)

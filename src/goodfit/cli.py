@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from goodfit.defaults import COCKTAIL
+from goodfit.launch import join, launched, leave
 from goodfit.terminal import command, explain, fail, free_folder, printable, tell, write_csv
 
 __all__ = ["main"]
@@ -42,6 +43,8 @@ def _goodfit(
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    elif context.invoked_subcommand != "fit" and launched():
+        fail(f"{context.invoked_subcommand} runs in one process; start it without torchrun, as goodfit.", 2)
 
 
 @app.command()
@@ -67,6 +70,7 @@ def fit(
     resume: Annotated[Path | None, typer.Option(help="A run folder whose training goes on; alone.", metavar="RUN")] = None,
 ) -> None:
     """Fit a network on a table; write a run folder and a report."""
+    from goodfit.checkpoints.processes import on_first
     from goodfit.job import Settings, fit_table, resume_table
     from goodfit.results import score_lines
 
@@ -85,15 +89,17 @@ def fit(
         logs=[str(path.absolute()) for path in log or ()],
     )
     _refuse_beside(context, resume, data, target)
-    folder = resume or out or free_folder(data or Path())
+    join()
+    folder = Path(on_first(lambda: str(resume or out or free_folder(data or Path()))))
     try:
         report = resume_table(folder, tell) if data is None else fit_table(data, str(target), folder, settings, tell)
     except KeyboardInterrupt as ended:
         left = f"goodfit fit --resume {folder} goes on" if folder.exists() else "nothing was written"
         fail(f"{str(ended) or 'interrupted'}; {left}", 130)
-    for line in score_lines(report):
-        typer.echo(line)
-    typer.echo(f"run folder {printable(str(folder))}, report {printable(str(folder / 'report.html'))}")
+    if report is not None:
+        for line in score_lines(report):
+            typer.echo(line)
+        typer.echo(f"run folder {printable(str(folder))}, report {printable(str(folder / 'report.html'))}")
 
 
 @app.command()
@@ -187,6 +193,13 @@ def _refuse_beside(context: typer.Context, resume: Path | None, data: Path | Non
 
 def main() -> None:
     """Run a command: exit code 0, 2 for input that must be mended, 1 for a fault of ours, 130 for Ctrl-C."""
+    try:
+        leave(_command())
+    except SystemExit as ended:
+        leave(ended.code if isinstance(ended.code, int) else 1)
+
+
+def _command() -> int:
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
@@ -199,7 +212,7 @@ def main() -> None:
         fail("interrupted", 130)
     if code == 130:
         fail("interrupted", 130)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from goodfit.checkpoints.processes import on_first
 from goodfit.cocktail import Cocktail, parse
 from goodfit.defaults import DEPTH, WIDTH
 from goodfit.errors import GoodfitError
 from goodfit.fitting import Fit, fit
+from goodfit.launch import own
 from goodfit.logs import Logger, logger_at
 from goodfit.losses import loss_of
 from goodfit.preparation import refuse_maximizing
+from goodfit.processes import OutOfReach, rank
 from goodfit.report.render import render
 from goodfit.results import identity, results, save_test_predictions
 from goodfit.stop.criterion import Reason
@@ -34,20 +37,26 @@ __all__ = ["Settings", "fit_table", "predict_table", "resume_table", "write_repo
 Tell = Callable[[str], None]
 
 
-def fit_table(path: Path, target: str, out: Path, settings: Settings, tell: Tell) -> dict[str, Any]:
-    """Fit a network on the table in `path`, write the run folder `out`, and return what the report knows."""
-    claim(out)
+def fit_table(path: Path, target: str, out: Path, settings: Settings, tell: Tell) -> dict[str, Any] | None:
+    """Fit a network on the table in `path`, write the run folder `out`, and return what the report knows.
+
+    Of processes that train together the first one writes, and the others return None.
+    """
+    on_first(lambda: claim(out))
     data = _prepared(path, target, settings, tell)
-    begin(out, path, target, settings)
+    on_first(lambda: begin(out, path, target, settings))
     try:
         found = _regularized(data, settings, out)
+    except OutOfReach as wrong:
+        raise GoodfitError(f"{str(wrong).removesuffix('.')}: goodfit fit --resume {out} goes on.") from None
     except (GoodfitError, KeyboardInterrupt):
-        forget(out)
+        if rank() == 0:
+            forget(out)
         raise
     return _written(path, data, found, out, settings, tell)
 
 
-def resume_table(out: Path, tell: Tell) -> dict[str, Any]:
+def resume_table(out: Path, tell: Tell) -> dict[str, Any] | None:
     """The same for a run folder whose training has not ended."""
     path, target, settings = asked(out)
     data = _prepared(path, target, settings, tell)
@@ -68,7 +77,7 @@ def _regularized(data: Data, settings: Settings, out: Path) -> Fit:
         return _train(data, parse(settings.cocktail), settings, settings.epochs, checkpoints_of(out, "regularized"), logs)
 
 
-def _written(path: Path, data: Data, found: Fit, out: Path, settings: Settings, tell: Tell) -> dict[str, Any]:
+def _written(path: Path, data: Data, found: Fit, out: Path, settings: Settings, tell: Tell) -> dict[str, Any] | None:
     """The bare network, to compare, then the run folder."""
     for line in _ending(found, "in" if settings.check_every else "after"):
         tell(line)
@@ -77,6 +86,8 @@ def _written(path: Path, data: Data, found: Fit, out: Path, settings: Settings, 
         if not interrupted:
             tell("the same network bare, to compare")
             bare, interrupted = _bare(data, settings, found.history[-1]["epoch"], out, tell)
+        if rank():
+            return None
         cocktail = parse(settings.cocktail)
         story = identity(path, data, cocktail, settings)
         report = story | results(data, found, bare) | {"cocktail": str(cocktail), "cocktail_repr": repr(cocktail)}
@@ -119,7 +130,7 @@ def _check(settings: Settings, cocktail: Cocktail) -> None:
     if settings.task is not None:
         loss_of(settings.task)
     try:
-        if torch.zeros(1, device=settings.device).is_meta:
+        if torch.zeros(1, device=own(settings.device)).is_meta:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as wrong:
         why = f"{str(wrong).splitlines()[0]:.100}"
@@ -139,7 +150,7 @@ def _train(data: Data, cocktail: Cocktail, settings: Settings, epochs: int, save
         epochs=epochs,
         batch_size=min(128, max(16, rows // 8)),
         seed=settings.seed,
-        device=settings.device,
+        device=own(settings.device),
         progress=settings.progress,
         check_every=settings.check_every,
         refit=settings.refit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,11 @@ from torch import Tensor
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["alike", "first_told", "gathered", "most", "rank", "refuse_apart", "summed", "together", "world"]
+__all__ = ["OutOfReach", "alike", "first_told", "gathered", "most", "rank", "refuse_apart", "summed", "together", "world"]
+
+
+class OutOfReach(GoodfitError):
+    """One of the processes that train together has ended, or cannot be reached."""
 
 
 def rank() -> int:
@@ -85,9 +90,10 @@ def together() -> Iterator[None]:
     except RuntimeError as wrong:
         if world() == 1 or (not isinstance(wrong, torch.distributed.DistError) and "gloo" not in str(wrong)):
             raise
-        line = str(wrong).strip().splitlines()[0]
-        raise GoodfitError(
-            f"Another of the {world()} processes that train together has ended or is out of reach ({line:.200}); look at "
+        known = re.search("Connection [a-z ]+ by peer|[Tt]imed out", str(wrong))
+        why = known[0] if known else str(wrong).strip().splitlines()[0][:100]
+        raise OutOfReach(
+            f"Another of the {world()} processes that train together has ended or is out of reach ({why}); look at "
             "what it said, and start all of them again."
         ) from None
 

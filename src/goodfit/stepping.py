@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from goodfit.compute import Compute
 from goodfit.data import to_device
+from goodfit.errors import GoodfitError
 from goodfit.feed import in_step
 from goodfit.guard import Guard
 from goodfit.loop import Prepare
@@ -90,6 +91,8 @@ class Stepping:
                 if p.grad is not None:
                     p.grad.mul_(window[0].rows / rows)
         self._seen += 1
+        if world() > 1 and self._seen == 1:
+            self._refuse_unused()
         fine = self.guard is None or self.guard.finite([one.loss for one in window])
         total = torch.stack([one.loss.double() * one.own for one in window]).sum()
         if world() > 1:
@@ -100,6 +103,15 @@ class Stepping:
             self._move()
             self.run.step(self.optimizer)
             yield total / rows, rows
+
+    def _refuse_unused(self) -> None:
+        """DDP waits for the gradient of every weight."""
+        unused = next((name for name, p in self.run.model.named_parameters() if p.requires_grad and p.grad is None), None)
+        if unused is not None:
+            raise GoodfitError(
+                f"Processes that train together exchange all gradients, and the weight {unused!r} got none in the first step; "
+                "freeze it (requires_grad_(False)), or use it in the model."
+            )
 
     def _left_out(self, window: list[_Micro]) -> bool:
         """A scaled loss may overflow once in a while; everything else is looked into."""

@@ -9,12 +9,15 @@ from typing import Any, NoReturn
 
 import typer
 
+from goodfit.launch import once, speaks
+
 __all__ = ["command", "explain", "fail", "free_folder", "printable", "tell", "write_csv"]
 
 
 def tell(line: str) -> None:
-    """A line on standard error."""
-    typer.echo(printable(line), err=True)
+    """A line on standard error, of the one process that tells how it goes."""
+    if speaks():
+        typer.echo(printable(line), err=True)
 
 
 def printable(line: str) -> str:
@@ -53,7 +56,8 @@ def write_csv(table: Any, output: Path) -> None:
 
 def fail(line: str, code: int) -> NoReturn:
     """Say why, and end."""
-    tell(f"goodfit: {line}")
+    if once(line):
+        typer.echo(printable(f"goodfit: {line}"), err=True)
     sys.exit(code)
 
 

@@ -169,8 +169,8 @@ class Training:
 
     def _between(self) -> bool:
         """Between two steps: save where it is time to, and hear a signal, of any process; whether to go on."""
-        self._interrupts.asked = most(self._interrupts.asked)
-        if self._interrupts.asked:
+        if asked := most(self._interrupts.asked):
+            self._interrupts.asked = asked
             if self.saving is not None:
                 self.saving.save(self.step)
             self._interrupts.pass_on()

@@ -39,7 +39,7 @@ RUN, PREPROCESSING, WEIGHTS = "run.json", "preprocessing.json", "weights.safeten
 TRAINING = "training"
 
 
-def claim(out: Path) -> Path:
+def claim(out: Path) -> None:
     """Refuse a run folder that exists, has no parent, or climbs out of where the user stands."""
     if ".." in out.parts:
         raise GoodfitError(
@@ -59,7 +59,6 @@ def claim(out: Path) -> Path:
         probe.rmdir()
     except OSError as wrong:
         raise GoodfitError(f"The run folder {out!s:.80} cannot be made: {wrong.strerror}; give another --out.") from None
-    return out
 
 
 @contextmanager
