@@ -109,17 +109,20 @@ def run(folder: Path, seed: int, kills: int, draws: random.Random) -> dict[str, 
     """One training with at most so many kills."""
     expected, result = folder / "expected", folder / "result"
     os.waitpid(child(expected, folder, seed, None), 0)
-    row = {"seed": seed, "kills": 0, "seconds": time.monotonic()}
+    row: dict[str, Any] = {"seed": seed, "kills": 0, "seconds": time.monotonic()}
+    steps = set()
     while True:
         process = child(result, folder / "saved", seed, 1)
-        patience = draws.expovariate(1 / 0.25) if row["kills"] < kills else 600.0
+        patience = draws.expovariate(1 / 0.4) if row["kills"] < min(kills, 40) else 600.0
         if ended(process, patience):
             break
         killed(process, whole=row["kills"] % 2 == 0)
         row["kills"] += 1
+        steps.add(max((path.name for path in (folder / "saved").glob("step-*")), default="none"))
     told = result.read_text()
     row["seconds"] = round(time.monotonic() - row["seconds"], 1)
     right = told == expected.read_text()
+    row["at_steps"] = len(steps)
     return row | {"outcome": "same bits" if right else "other bits" if len(told) == 64 else told.strip().splitlines()[-1]}
 
 

@@ -143,7 +143,7 @@ def test_a_stream_is_batched_in_its_order() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, r"train must be a DataLoader, a Dataset or a pair \(x, y\) of tensors or arrays, got NoneType"),
+        (None, r"train must be a DataLoader, a Dataset, a gf\.Parquet or a pair \(x, y\) of tensors or arrays, got NoneType"),
         ((X, Y, Y), "got tuple of 3"),
         ({"x": X, "y": Y}, "got dict of 2"),
         (X, "got Tensor"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, TensorDataset
 
 import goodfit as gf
-from goodfit.data import Order
+from goodfit.order import Order
 from test_distributed import data, keep, kept
 from together import in_processes
 

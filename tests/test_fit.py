@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import goodfit as gf
 from goodfit import L1, L2, BatchNorm, Cocktail, Dropout, EarlyStopping, GoodfitError, Run, WeightDecay, fit
-from goodfit.data import Order
 from goodfit.losses import loss_of
+from goodfit.order import Order
 from toys import Blur
 
 X = torch.rand(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -489,7 +489,7 @@ class Nothing(IterableDataset[Any]):
         ({"train": Nothing()}, "train has no rows"),
         ({"valid": Nothing()}, "valid has no rows"),
         ({"valid": (X, NUMBERS[:3])}, "valid must have as many rows in x as in y"),
-        ({"valid": None}, "valid must be a DataLoader, a Dataset or a pair"),
+        ({"valid": None}, "valid must be a DataLoader, a Dataset, a gf.Parquet or a pair"),
         ({"cocktail": EarlyStopping(5, mode="max")}, "lower is better, got EarlyStopping\\(5, mode='max'\\); leave mode out"),
         ({"model": nn.Sequential(nn.Flatten(), nn.ReLU())}, "Sequential has no trainable parameter; unfreeze some"),
         ({"train": DataLoader(list(zip(X, X, NUMBERS, strict=True)))}, r"A batch must be a pair \(x, y\), got a list of 3"),

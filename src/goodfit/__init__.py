@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from goodfit.sampling.prediction import Prediction as Prediction
     from goodfit.shrinking.shrink import shrink as shrink
     from goodfit.small_batches import merge_last as merge_last
+    from goodfit.streams.parquet import Parquet as Parquet
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ _NAMES = {
     "Fit": "fitting",
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
+    "Parquet": "streams.parquet",
     "Path": "paths.result",
     "Prediction": "sampling.prediction",
     "Run": "run",

@@ -13,50 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from goodfit.errors import GoodfitError
-from goodfit.noise import Noise
+from goodfit.order import ListedOrder, Order
 from goodfit.processes import rank, world
 from goodfit.rows import mapped, to_device
+from goodfit.streams.parquet import Parquet
+from goodfit.streams.streamed import Streamed
 
-__all__ = ["Batches", "Order", "batches_of", "mapped", "order_of", "peek", "to_device", "uncounted"]
-
-
-class Order:
-    """Which rows each batch of an epoch holds, as index tensors.
-
-    With `shuffle` the order of an epoch is a pure function of (seed, epoch). A last batch of one row joins the batch
-    before it: a batch norm cannot take it.
-    share: (which, of how many) processes, each of which has its share of every batch, of `each` rows at least: a last batch
-    of fewer joins the one before, too.
-    """
-
-    def __init__(self, rows: int, size: int, *, shuffle: bool = False, seed: int = 0, share: tuple[int, int] = (0, 1)) -> None:
-        self.rows, self.size, self.shuffle, self.seed, self.share = rows, size, shuffle, seed, share
-        self.epoch, self.each = 0, 1
-
-    @property
-    def joins(self) -> int:
-        """How many rows at the end are too few for a batch, and join the one before."""
-        rest = self.rows % self.size
-        return rest if rest < max(2, self.each * self.share[1]) and self.rows > self.size else 0
-
-    def __len__(self) -> int:
-        return -(-(self.rows - self.joins) // self.size)
-
-    def __iter__(self) -> Iterator[Any]:
-        rows = torch.arange(self.rows)
-        if self.shuffle:
-            self.epoch += 1
-            rows = torch.randperm(self.rows, generator=Noise(self.seed, "order", self.epoch).generator())
-        for i in range(len(self)):
-            batch = rows[i * self.size : (i + 1) * self.size if i + 1 < len(self) else None]
-            yield batch[self.share[0] :: self.share[1]]
-
-
-class _Rows(Order):
-    """The same as lists, which a DataLoader can hand to a Dataset."""
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (rows.tolist() for rows in super().__iter__())
+__all__ = ["Batches", "batches_of", "mapped", "order_of", "peek", "to_device", "uncounted"]
 
 
 class Batches:
@@ -84,6 +47,10 @@ def batches_of(data: Any, name: str, size: int, *, shuffle: bool, seed: int) -> 
     if isinstance(data, DataLoader | Batches):
         _refuse_whole(data, name, shuffle)
         return _counted(data, name)
+    if isinstance(data, Parquet):
+        files = data.open()
+        order = _shared(Order(files.rows, size, shuffle=shuffle, seed=seed, share=share), name)
+        return Streamed(files, _counted(order, name), data.memory)
     if isinstance(data, IterableDataset):
         if share[1] > 1 and shuffle:
             raise GoodfitError(f"{name} is a stream, which cannot be shared among processes; give a Dataset or tensors.")
@@ -91,11 +58,13 @@ def batches_of(data: Any, name: str, size: int, *, shuffle: bool, seed: int) -> 
     if isinstance(data, TensorDataset) and len(data.tensors) == 2:
         data = data.tensors
     if isinstance(data, Dataset):
-        rows = _Rows(len(data), size, shuffle=shuffle, seed=seed, share=share)  # type: ignore[arg-type]
+        rows = ListedOrder(len(data), size, shuffle=shuffle, seed=seed, share=share)  # type: ignore[arg-type]
         return DataLoader(data, batch_sampler=_counted(_shared(rows, name), name))
     if not (isinstance(data, tuple | list) and len(data) == 2):
         shown = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list | dict) else type(data).__name__
-        raise GoodfitError(f"{name} must be a DataLoader, a Dataset or a pair (x, y) of tensors or arrays, got {shown}.")
+        raise GoodfitError(
+            f"{name} must be a DataLoader, a Dataset, a gf.Parquet or a pair (x, y) of tensors or arrays, got {shown}."
+        )
     x, y = mapped(data[0], lambda values: _tensor(values, name)), _tensor(data[1], name)
     lengths = {len(t) if t.ndim else 0 for t in (*_leaves(x), y)}
     if len(lengths) != 1:

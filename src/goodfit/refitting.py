@@ -20,10 +20,11 @@ from torch.utils.data import (
 )
 
 from goodfit.cocktail import Cocktail
-from goodfit.data import Batches, Order, batches_of, uncounted
+from goodfit.data import Batches, batches_of, uncounted
 from goodfit.errors import GoodfitError
 from goodfit.guard import Nonfinite
 from goodfit.interrupts import Interrupts
+from goodfit.order import Order
 from goodfit.phases import Epoch
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_collate
 
 from goodfit.batchnorms.present import by_batch
-from goodfit.data import Order
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.order import Order
 from goodfit.rows import joined, rows_of
 from goodfit.surgery.running import call_model, quiet
 

@@ -1,0 +1,1 @@
+"""Data larger than memory, row group by row group."""
