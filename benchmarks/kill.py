@@ -113,7 +113,7 @@ def run(folder: Path, seed: int, kills: int, draws: random.Random) -> dict[str, 
     steps = set()
     while True:
         process = child(result, folder / "saved", seed, 1)
-        patience = draws.expovariate(1 / 0.4) if row["kills"] < min(kills, 40) else 600.0
+        patience = draws.expovariate(1 / 0.15) if row["kills"] < min(kills, 40) else 600.0
         if ended(process, patience):
             break
         killed(process, whole=row["kills"] % 2 == 0)
@@ -134,6 +134,7 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)  # a fork of a process with busy threads would wait for them for ever
     np.random.seed(0)
+    train(Path(), 0, None)  # what is imported only then would take most of the time that a process lives
     rows: list[dict[str, Any]] = []
     draws, left = random.Random(given.seed), given.kills
     while left > 0:
