@@ -77,6 +77,7 @@ def child(result: Path, folder: Path, seed: int, every: int | None) -> int:
     if process:
         return process
     os.setsid()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # workers that outlive it complain
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", gf.GoodfitWarning)  # no checkpoint is ever found damaged

@@ -95,8 +95,8 @@ def fit(
 ) -> Fit:
     """Train `model` on `train` with a cocktail, validated on `valid` after every epoch.
 
-    train, valid: a DataLoader or Dataset of (x, y), a `gf.Parquet`, or a pair (x, y) of tensors or arrays (then batched by index
-    in batches of `batch_size`, a last batch of one row joining the one before it). loss: f(outputs, y) → mean over the rows;
+    train, valid: a DataLoader or Dataset of (x, y), a `gf.Parquet`, or a pair (x, y) of tensors or arrays (batched by index, in
+    batches of `batch_size`, a last batch of one row joining the one before it). loss: f(outputs, y) → mean over the rows;
     without one the task's ("classes": cross-entropy, "numbers": squared error), without a task the one that y speaks of.
     optimizer: an optimizer, or a function from parameters to one; AdamW with lr 1e-3 and no decay of its own if not given.
     seed: of the order, the masks and torch's generator within the call, which leaves that generator as it was. device:

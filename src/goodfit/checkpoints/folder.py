@@ -80,8 +80,8 @@ def _files(path: Path) -> dict[str, Any]:
     """What the manifest says of every file; it must be, byte for byte, what would be written."""
     manifest = path / MANIFEST
     try:
-        if manifest.stat().st_size > 2**20:
-            raise ValueError("too long")
+        if not stat.S_ISREG(manifest.lstat().st_mode) or manifest.stat().st_size > 2**20:
+            raise ValueError("no regular file, or too long")
         text = manifest.read_bytes().decode()
         said = json.loads(text)
         if _json(said) != text:
