@@ -86,17 +86,24 @@ def saved(folder: Path) -> None:
     saving.close()
 
 
-def restored(folder: Path) -> str:
-    """What comes of the newest: found (and the one before it came back), silent, or the same."""
+def restored_step(folder: Path) -> int:
+    """The step that a new training goes on from, -1 where it has other numbers than were saved."""
     part: dict[str, Any] = {}
     saving = gf.Checkpoints(folder).watch(training=part)
+    try:
+        step = saving.restore()
+    finally:
+        saving.close()
+    return step if step and all(_same(part[name], value) for name, value in state(step).items()) else -1
+
+
+def restored(folder: Path) -> str:
+    """What comes of the newest: found (and the one before it came back), silent, or the same."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        step = saving.restore()
-    saving.close()
-    right = step in (1, 2) and all(_same(part[name], value) for name, value in state(step).items())
+        step = restored_step(folder)
     told = [str(one.message) for one in heard]
-    if not right:
+    if step not in (1, 2):
         return "silent"
     if step == 2:
         return "the same" if not told else "wrong alarm"
