@@ -189,3 +189,26 @@ def test_masks_differ_and_weights_do_not(tmp_path: Path) -> None:
     assert {key: t.tolist() for key, t in kept(tmp_path, "masks 0")[0].items()} == {
         key: t.tolist() for key, t in kept(tmp_path, "masks 1")[0].items()
     }  # the statistics of a norm of its own too
+
+
+def compiled(rank: int, folder: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    for name, compute in (("compiled", gf.Compute(compile=True)), ("half", gf.Compute(precision="bf16")), ("plain", gf.Compute())):
+        model = net()
+        model[1] = nn.Identity()
+        (x, y), (other, target) = data()
+        parts = (x.float(), y.float()), (other.float(), target.float())
+        found = gf.fit(model.float(), *parts, "L2(1e-3)", batch_size=BATCH, epochs=2, compute=compute, progress=False)
+        keep(folder, f"{name} {rank}", found)
+
+
+@pytest.mark.slow
+def test_processes_compile_and_compute_in_half_precision(tmp_path: Path) -> None:
+    in_processes(2, compiled, tmp_path)
+    plain_weights = kept(tmp_path, "plain 0")[0]
+    for name, tolerance in (("compiled", 1e-5), ("half", 1e-2)):
+        (one, told), (other, also) = kept(tmp_path, f"{name} 0"), kept(tmp_path, f"{name} 1")
+        assert told == also
+        for key, tensor in one.items():
+            assert torch.equal(tensor, other[key])
+            torch.testing.assert_close(tensor, plain_weights[key], rtol=0, atol=tolerance)

@@ -75,7 +75,7 @@ class Compute:
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         through = _exchanging(model) if world() > 1 else None
-        return torch.compile(through or model) if self.compile else through  # type: ignore[return-value]
+        return torch.compile(model if through is None else through) if self.compile else through  # type: ignore[return-value]
 
     def laid(self, x: Any) -> Any:
         """An input batch in the memory format of the model."""

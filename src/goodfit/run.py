@@ -99,7 +99,7 @@ class Run:
         if self._loss is None:
             raise GoodfitError("run.loss needs a loss function: Run(cocktail, model, loss=f) or task='classes' or 'numbers'.")
         self._plan.build_if_waiting(x)
-        outputs = call_model(through or self.model, x)
+        outputs = call_model(self.model if through is None else through, x)
         loss = self._loss(outputs, y)
         for _, one in self._plan.of(Loss):
             loss = one.loss(loss, outputs, y)
