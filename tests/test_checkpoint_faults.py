@@ -293,7 +293,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with (
         Fault(1, failing(errno.EIO), of=[(os, "listdir")]),
         pytest.raises(
-            gf.GoodfitError, match="cannot be sought in .*: Input/output error; those that are there are as they were"
+            gf.GoodfitError, match=r"cannot be sought in .*: Input/output error; those that are there are as they were"
         ),
     ):
         saving.restore()

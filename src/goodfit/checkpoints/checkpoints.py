@@ -76,8 +76,7 @@ class Saving:
         for name, part in parts.items():
             refuse(name, part)
         self.parts = parts if "randomness" in parts else {**parts, "randomness": OfEach(Randomness())}
-        self.step = 0
-        self._damaged: set[Path] = set()
+        self.step, self._damaged = 0, set[Path]()
         self._known = not on_first(self._open)
         self._cost = _foreseen(parts)
         self._since = time.monotonic()
