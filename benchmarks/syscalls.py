@@ -26,7 +26,21 @@ from table import show, write
 
 import goodfit as gf
 
-CALLS = ("openat", "mkdir", "write", "pwrite64", "ftruncate", "fsync", "rename", "unlinkat", "unlink", "rmdir")
+CALLS = (
+    "openat",
+    "mkdir",
+    "write",
+    "pwrite64",
+    "ftruncate",
+    "fsync",
+    "rename",
+    "renameat",
+    "read",
+    "getdents64",
+    "unlinkat",
+    "unlink",
+    "rmdir",
+)
 FAULTS = {"ENOSPC": "error=ENOSPC", "EIO": "error=EIO", "EINTR": "error=EINTR", "killed": "signal=KILL"}
 
 

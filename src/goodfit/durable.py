@@ -37,7 +37,6 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     After an error nothing is left of it, and what was there is there.
     """
     draft = draft_of(path)
-    discard(draft)  # in a container a process that was killed may have had the same number
     try:
         draft.mkdir()
         yield draft

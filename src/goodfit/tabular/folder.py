@@ -55,7 +55,7 @@ def claim(out: Path) -> None:
         if not out.absolute().parent.is_dir():
             raise GoodfitError(f"The run folder {str(out)!r} needs a folder to be in, which does not exist; make it first.")
         probe = draft_of(out)
-        discard(probe)
+        discard(probe)  # in a container a process that was killed may have had the same number
         probe.mkdir()
         probe.rmdir()
     except OSError as wrong:
