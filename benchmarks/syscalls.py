@@ -26,7 +26,21 @@ from table import show, write
 
 import goodfit as gf
 
-CALLS = ("openat", "mkdir", "write", "pwrite64", "ftruncate", "fsync", "rename", "unlinkat", "unlink", "rmdir")
+CALLS = (
+    "openat",
+    "mkdir",
+    "write",
+    "pwrite64",
+    "ftruncate",
+    "fsync",
+    "rename",
+    "renameat",
+    "read",
+    "getdents64",
+    "unlinkat",
+    "unlink",
+    "rmdir",
+)
 FAULTS = {"ENOSPC": "error=ENOSPC", "EIO": "error=EIO", "EINTR": "error=EINTR", "killed": "signal=KILL"}
 
 
@@ -75,6 +89,18 @@ def traced(folder: Path, *options: str) -> tuple[str, str]:
     return (said.read_text() if said.exists() else "") or "died", seen
 
 
+def saved_again(folder: Path) -> None:
+    """Another training saves there, and a third one finds it, whole."""
+    part: dict[str, Any] = {}
+    saving = gf.Checkpoints(folder).watch(training=part)
+    saving.restore()
+    part |= state(9)
+    saving.save(9)
+    saving.close()
+    if restored_step(folder) != 9 or list(folder.glob("*.draft")):
+        raise gf.GoodfitError("what is saved behind it is not whole, or something is left over")
+
+
 def outcome(folder: Path, call: str, fault: str, number: int) -> str:
     """One call with one fault."""
     shutil.rmtree(folder / "saved", ignore_errors=True)
@@ -85,6 +111,7 @@ def outcome(folder: Path, call: str, fault: str, number: int) -> str:
         warnings.simplefilter("error", gf.GoodfitWarning)
         try:
             step = restored_step(folder / "saved")
+            saved_again(folder / "saved")
         except (gf.GoodfitError, gf.GoodfitWarning) as wrong:
             return f"{told}, then {wrong}"
     return f"{told}, goes on from {step}" if told in ("saved", "refused", "died") else told

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import re
 import time
 import warnings
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from goodfit.checkpoints.parts import check, give, refuse, take
 from goodfit.checkpoints.plain import packed, unpacked
 from goodfit.checkpoints.processes import OfEach, on_first
 from goodfit.checkpoints.randomness import Randomness
-from goodfit.durable import draft_of, synced
+from goodfit.durable import discard, made_folder, removed
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.processes import rank, world
 
@@ -26,6 +27,7 @@ __all__ = ["Checkpoints", "Saving"]
 
 SHARE = 0.02  # of the time, at most, for saving
 PACE = 100e6  # bytes per second: what is foreseen of the first
+_NAME = re.compile(r"step-([0-9]{9}|[1-9][0-9]{9,})")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Saving:
         for name, part in parts.items():
             refuse(name, part)
         self.parts = parts if "randomness" in parts else {**parts, "randomness": OfEach(Randomness())}
-        self.step = 0
+        self.step, self._damaged = 0, set[Path]()
         self._known = not on_first(self._open)
         self._cost = _foreseen(parts)
         self._since = time.monotonic()
@@ -130,7 +132,7 @@ class Saving:
     def _open(self) -> bool:
         """Make the folder; whether it has checkpoints."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            made_folder(self.folder)
             self._lock = Lock(self.folder)
         except (OSError, ValueError) as wrong:
             raise _refused(self.folder, wrong) from None
@@ -140,23 +142,39 @@ class Saving:
         path = self.folder / f"step-{step:09d}"
         try:
             for left in self.folder.glob(".step-*.draft"):
-                shutil.rmtree(left, ignore_errors=True)
-            if path.exists() and step != self.step:  # what restore has found to be damaged
-                self._remove(path)
-            if not path.exists():
+                discard(left)
+            if step != self.step or not path.exists():
                 write(path, {name: give(part) for name, part in self.parts.items()}, {"step": step, **_versions()})
-            for old in [one for one in self._found() if one != path][self.how.last - 1 :]:
-                self._remove(old)
+                self._damaged.discard(path)
         except OSError as wrong:
             raise _refused(self.folder, wrong) from None
+        self._rotate(step)
+
+    def _rotate(self, step: int) -> None:
+        """Leave this one and those before it, but none that was found damaged, or is of steps that were taken back."""
+        found = self._found()
+        good = [one for one in found if _number(one) <= step and one not in self._damaged]
+        left = ""
+        for old in [one for one in found if one not in good[: self.how.last]]:
+            try:
+                removed(old)
+            except OSError as wrong:  # the new one is whole, and the others may still go
+                left = f"{old} is no longer needed and cannot be removed: {wrong.strerror or wrong}; remove it by hand."
+        if left:
+            warnings.warn(left, GoodfitWarning, stacklevel=5)
 
     def _newest(self) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
         """The newest checkpoint that is whole: its path, its states, and what was said about it."""
         found = self._found()
+        self._damaged.clear()
         for path in found:
             try:
-                return str(path), *read(path)
+                states, about = read(path)
+                if type(about.get("step")) is not int or about["step"] != _number(path):
+                    raise Damaged(f"{path} is of another step, {about.get('step')!r:.20}")
+                return str(path), states, about
             except Damaged as wrong:
+                self._damaged.add(path)
                 warnings.warn(f"{wrong}; the checkpoint before it is tried.", GoodfitWarning, stacklevel=3)
         if found:
             raise GoodfitError(f"No checkpoint in {str(self.folder)!r} is whole; begin anew in another folder.")
@@ -166,7 +184,7 @@ class Saving:
         """All parts, or none."""
         if states.keys() != self.parts.keys():
             there, here = (", ".join(sorted(one)) for one in (states, self.parts))
-            raise GoodfitError(f"{path} was saved of {there}, and is restored into {here}; name the same parts.")
+            raise GoodfitError(f"{path} was saved of {there:.200}, and is restored into {here}; name the same parts.")
         for name, part in self.parts.items():
             check(name, part, states[name])
         before = {name: unpacked(*packed(give(part), name)) for name, part in self.parts.items()}
@@ -188,14 +206,15 @@ class Saving:
 
     def _found(self) -> list[Path]:
         """All checkpoints, the newest first."""
-        return sorted((p for p in self.folder.glob("step-*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+        try:
+            names = [name for name in os.listdir(self.folder) if _NAME.fullmatch(name)]
+        except OSError as wrong:
+            raise _refused(self.folder, wrong, "sought in") from None
+        return sorted((self.folder / name for name in names), key=_number, reverse=True)
 
-    def _remove(self, path: Path) -> None:
-        """A folder that is half gone must not look like a checkpoint."""
-        gone = draft_of(path)
-        path.rename(gone)
-        synced(self.folder)
-        shutil.rmtree(gone, ignore_errors=True)
+
+def _number(path: Path) -> int:
+    return int(path.name[5:])
 
 
 def _foreseen(parts: dict[str, Any]) -> float:
@@ -218,14 +237,14 @@ def _compare(about: dict[str, Any]) -> None:
     for name, now in _versions().items():
         if about.get(name) != now:
             warnings.warn(
-                f"The checkpoint was saved with {name} {about.get(name)}, and goes on with {now}: bits may differ.",
+                f"The checkpoint was saved with {name} {about.get(name)!r:.40}, and goes on with {now}: bits may differ.",
                 GoodfitWarning,
                 stacklevel=3,
             )
 
 
-def _refused(folder: Path, wrong: Exception) -> GoodfitError:
+def _refused(folder: Path, wrong: Exception, how: str = "written into") -> GoodfitError:
     if isinstance(wrong, GoodfitError):
         return wrong
     why = getattr(wrong, "strerror", None) or wrong
-    return GoodfitError(f"The checkpoint cannot be written into {str(folder)!r}: {why}; those that are there are as they were.")
+    return GoodfitError(f"The checkpoint cannot be {how} {str(folder)!r}: {why}; those that are there are as they were.")

@@ -3,7 +3,7 @@
 step-000001200/
   model.safetensors  optimizer.safetensors  ...   the tensors of each part
   state.json                                      what is no tensor
-  manifest.json                                   format, and size and SHA-256 of the others
+  manifest.json                                   format, size and SHA-256 of the others, SHA-256 of what it says itself
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from goodfit.checkpoints.plain import packed, unpacked
 from goodfit.durable import whole_folder
@@ -30,7 +32,7 @@ class Damaged(Exception):
 
 
 def write(path: Path, states: Mapping[str, dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write the states of all parts, whole or not at all.
+    """Write the states of all parts, whole or not at all, in the place of what is at `path`.
 
     Raises: OSError, where the disk does not take them, and GoodfitError for what no checkpoint can hold.
     """
@@ -38,17 +40,18 @@ def write(path: Path, states: Mapping[str, dict[str, Any]], about: dict[str, Any
     from safetensors.torch import save_file
 
     parts = {name: packed(state, name) for name, state in states.items()}
-    with whole_folder(path) as folder:
+    with whole_folder(path, replace=True) as folder:
         for name, (_, tensors) in parts.items():
             if tensors:
                 try:
                     save_file({key.removeprefix(f"{name}."): t for key, t in tensors.items()}, folder / f"{name}.safetensors")
                 except SafetensorError as wrong:  # what its writer makes of a full disk
                     raise OSError(str(wrong)) from None
-        (folder / STATE).write_text(_json({"about": about, "parts": {name: tree for name, (tree, _) in parts.items()}}))
+        said = {"about": about, "parts": {name: tree for name, (tree, _) in parts.items()}}
+        (folder / STATE).write_text(json.dumps(said, allow_nan=False) + "\n")
         sizes = {one.name: one.stat().st_size for one in sorted(folder.iterdir())}
         files = {name: {"sha256": _sum(folder / name), "size": size} for name, size in sizes.items()}
-        (folder / MANIFEST).write_text(_json({"files": files, "format": FORMAT}))
+        (folder / MANIFEST).write_text(_signed({"files": files, "format": FORMAT}))
 
 
 def read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -56,9 +59,8 @@ def read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
 
     Raises: Damaged; GoodfitError for a format that this version cannot read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    if path.is_symlink() or not path.is_dir():
+        raise Damaged(f"{path} is no folder")
     files = _files(path)
     for name, told in files.items():
         _verify(path / name, told)
@@ -67,13 +69,24 @@ def read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         states = {}
         for part, tree in said["parts"].items():
             name = f"{part}.safetensors"
-            tensors = load_file(path / name) if name in files else {}  # views of the file, which may go or change
-            states[part] = unpacked(tree, {f"{part}.{key}": t.clone() for key, t in tensors.items()})
+            if not _known(name):
+                raise ValueError("a part without a name")
+            states[part] = unpacked(tree, _tensors(path / name, part) if name in files else {})
             if not isinstance(states[part], dict):
                 raise ValueError(f"{part} is no dict")
         return states, dict(said["about"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError, SafetensorError) as wrong:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as wrong:
         raise Damaged(f"{path / STATE} was not written by goodfit ({_line(wrong)})") from None
+
+
+def _tensors(file: Path, part: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return {f"{part}.{key}": t.clone() for key, t in load_file(file).items()}  # views of the file, which may go or change
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, SafetensorError) as wrong:
+        raise Damaged(f"{file} was not written by goodfit ({_line(wrong)})") from None
 
 
 def _files(path: Path) -> dict[str, Any]:
@@ -84,16 +97,17 @@ def _files(path: Path) -> dict[str, Any]:
             raise ValueError("no regular file, or too long")
         text = manifest.read_bytes().decode()
         said = json.loads(text)
-        if _json(said) != text:
+        del said["sha256"]
+        if _signed(said) != text:  # of every format, so that damage to its number is told from another format
             raise ValueError("altered")
         number = said["format"]
-        if type(number) is int and number != FORMAT and number > 0:
+        if type(number) is int and number != FORMAT:
             raise GoodfitError(
-                f"{path} is a checkpoint of format {number}, and this goodfit reads {FORMAT}; resume it with the goodfit that "
-                "wrote it."
+                f"{path} is a checkpoint of format {number!s:.20}, and this goodfit reads {FORMAT}; resume it with the goodfit "
+                "that wrote it."
             )
         files = dict(said["files"])
-        if number != FORMAT or STATE not in files or any(Path(name).name != name or name == ".." for name in files):
+        if type(number) is not int or STATE not in files or not all(map(_known, files)):
             raise ValueError("altered")
         return files
     except GoodfitError:
@@ -110,7 +124,7 @@ def _verify(file: Path, told: Any) -> None:
         if not stat.S_ISREG(found.st_mode):
             raise Damaged(f"{file} is no regular file")
         if found.st_size != told["size"]:
-            raise Damaged(f"{file} has {found.st_size} bytes of {told['size']}")
+            raise Damaged(f"{file} has {found.st_size} bytes of {told['size']!r:.20}")
         if _sum(file) != told["sha256"]:
             raise Damaged(f"{file} is not what was written (SHA-256 differs)")
     except FileNotFoundError:
@@ -119,8 +133,15 @@ def _verify(file: Path, told: Any) -> None:
         raise Damaged(f"{file} cannot be read ({_line(wrong)})") from None
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+def _known(name: str) -> bool:
+    """Whether it is the name of a file that is written here, which no other place can have."""
+    part, _, kind = name.partition(".")
+    return name == STATE or (part.isidentifier() and kind == "safetensors" and len(name) < 256)
+
+
+def _signed(said: dict[str, Any]) -> str:
+    own = hashlib.sha256(json.dumps(said, allow_nan=False).encode()).hexdigest()
+    return json.dumps({**said, "sha256": own}, indent=1, allow_nan=False) + "\n"
 
 
 def _sum(path: Path) -> str:

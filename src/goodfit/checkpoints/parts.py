@@ -15,7 +15,9 @@ __all__ = ["check", "give", "refuse", "take"]
 
 
 def refuse(name: str, part: Any) -> None:
-    """Refuse what has no state that could be saved and loaded."""
+    """Refuse what has no state that could be saved and loaded, and names that are none of a file."""
+    if not name.isidentifier():
+        raise GoodfitError(f"A part of a checkpoint needs a name such as an argument has, got {name!r:.80}; rename it.")
     if isinstance(part, dict | list | torch.Generator):
         return
     if not all(callable(getattr(part, call, None)) for call in ("state_dict", "load_state_dict")):
@@ -42,7 +44,7 @@ def check(name: str, part: Any, state: Mapping[str, Any]) -> None:
         _check_model(name, part, state)
         return
     expected = "value" if isinstance(part, dict | list) else "state"
-    kind = state.get("kind", type(part).__name__)
+    kind = " ".join(str(state.get("kind", type(part).__name__)).split())[:80]
     if expected not in state or kind != type(part).__name__:
         raise GoodfitError(f"The checkpoint was saved with another {name}: a {kind}, not a {type(part).__name__}.")
     if isinstance(part, dict | list) and type(state["value"]) is not type(part):

@@ -32,6 +32,8 @@ class Randomness:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Put them there. Devices that are no longer there are left out."""
+        if saved["numpy"][2] not in range(625):  # NumPy would take it, and read beyond its 624 numbers
+            raise ValueError("NumPy's generator has no such place")
         random.setstate(saved["python"])
         np.random.set_state(saved["numpy"])
         torch.set_rng_state(saved["torch"])

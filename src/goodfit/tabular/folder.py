@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from goodfit.cocktail import Cocktail, parse
-from goodfit.durable import draft_of, synced, whole_folder
+from goodfit.durable import discard, draft_of, synced, whole_folder
 from goodfit.errors import GoodfitError, nearest
 from goodfit.phases import Build
 from goodfit.tabular.answers import Answers
@@ -55,6 +55,7 @@ def claim(out: Path) -> None:
         if not out.absolute().parent.is_dir():
             raise GoodfitError(f"The run folder {str(out)!r} needs a folder to be in, which does not exist; make it first.")
         probe = draft_of(out)
+        discard(probe)  # in a container a process that was killed may have had the same number
         probe.mkdir()
         probe.rmdir()
     except OSError as wrong:
@@ -76,6 +77,8 @@ def completed(out: Path) -> Iterator[Path]:
     """A folder to write into, whose files go into `out` at the end, that which makes it a run folder last of all."""
     draft = draft_of(out / "results")
     try:
+        for left in out.glob(".results.*.draft"):  # of processes that were killed
+            discard(left)
         draft.mkdir()
         yield draft
         (out / RUN).unlink(missing_ok=True)
