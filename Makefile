@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow lint clean
 
 demo: $(VENV)/installed
 	@echo "== demo: the breast cancer table that scikit-learn ships, from CSV to report"
@@ -18,6 +18,10 @@ demo: $(VENV)/installed
 test: $(VENV)/tested
 	@echo "== tests"
 	$(BIN)/python -m pytest
+
+slow: $(VENV)/tested
+	@echo "== tests of ten seconds and more"
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/tested
 	@echo "== ruff and mypy"

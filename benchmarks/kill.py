@@ -10,6 +10,7 @@ machine without memory kills; the others take its workers along.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -77,7 +78,8 @@ def child(result: Path, folder: Path, seed: int, every: int | None) -> int:
     if process:
         return process
     os.setsid()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # workers that outlive it complain
+    for stream in (1, 2):  # workers that outlive it complain, and hold what they have open
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", gf.GoodfitWarning)  # no checkpoint is ever found damaged
@@ -111,15 +113,20 @@ def run(folder: Path, seed: int, kills: int, draws: random.Random) -> dict[str, 
     expected, result = folder / "expected", folder / "result"
     os.waitpid(child(expected, folder, seed, None), 0)
     row: dict[str, Any] = {"seed": seed, "kills": 0, "seconds": time.monotonic()}
-    steps = set()
+    steps, alone = set(), []
     while True:
         process = child(result, folder / "saved", seed, 1)
         patience = draws.expovariate(1 / 0.15) if row["kills"] < min(kills, 40) else 600.0
         if ended(process, patience):
             break
-        killed(process, whole=row["kills"] % 2 == 0)
+        whole = row["kills"] % 2 == 0
+        killed(process, whole)
+        alone += [] if whole else [process]
         row["kills"] += 1
         steps.add(max((path.name for path in (folder / "saved").glob("step-*")), default="none"))
+    for process in alone:  # a worker of a killed process may wait for ever for a lock that went with it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
     told = result.read_text()
     row["seconds"] = round(time.monotonic() - row["seconds"], 1)
     right = told == expected.read_text()

@@ -314,6 +314,7 @@ def test_workers_that_persist_cannot_be_found_again(tmp_path: Path) -> None:
         trained(tmp_path, loader)
 
 
+@pytest.mark.slow
 def test_a_hundred_kills_lose_nothing(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "kill.py"
     command = [sys.executable, str(script), "--kills", "100", "--out", str(tmp_path / "kill.csv")]

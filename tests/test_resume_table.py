@@ -44,6 +44,7 @@ def whole(goodfit: Callable[..., Outcome]) -> Callable[..., Outcome]:
     return goodfit
 
 
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_to_the_same_run(whole: Callable[..., Outcome]) -> None:
     for number in (signal.SIGKILL, signal.SIGTERM):
         out = f"run{number}"
@@ -64,6 +65,7 @@ def test_a_killed_fit_goes_on_to_the_same_run(whole: Callable[..., Outcome]) -> 
         )
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_to_use_and_to_resume(whole: Callable[..., Outcome]) -> None:
     code, told = ended_by(signal.SIGINT, "run")
     assert (code, told) == (0, "kept: the best weights, of epoch " + told.rsplit(" ", 1)[1])
@@ -74,6 +76,7 @@ def test_ctrl_c_leaves_a_run_to_use_and_to_resume(whole: Callable[..., Outcome])
     assert not Path("run", "training").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed_is_one_line(goodfit: Callable[..., Outcome]) -> None:
     write("t.csv", rows())
     ended_by(signal.SIGKILL, "run")

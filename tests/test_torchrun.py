@@ -30,7 +30,7 @@ def launched(count: int, *words: str) -> subprocess.Popen[str]:
 
 
 def fit(out: str) -> tuple[str, ...]:
-    return ("fit", "t.csv", "--target", "churn", "--cocktail", COCKTAIL, "--epochs", "120", "--out", out)
+    return ("fit", "t.csv", "--target", "churn", "--cocktail", COCKTAIL, "--epochs", "60", "--out", out)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -53,6 +53,7 @@ def history(out: str) -> list[dict[str, float]]:
     return [row | {"seconds": 0} for name in rows for row in rows[name]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs the list of processes of Linux")
 def test_a_killed_process_ends_all_and_the_training_goes_on() -> None:
     code, out, told = ended(launched(2, *fit("whole")))
