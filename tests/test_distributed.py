@@ -193,7 +193,11 @@ def test_masks_differ_and_weights_do_not(tmp_path: Path) -> None:
 
 def compiled(rank: int, folder: str) -> None:
     torch.set_default_dtype(torch.float32)
-    for name, compute in (("compiled", gf.Compute(compile=True)), ("half", gf.Compute(precision="bf16")), ("plain", gf.Compute())):
+    for name, compute in (
+        ("compiled", gf.Compute(compile=True)),
+        ("half", gf.Compute(precision="bf16")),
+        ("plain", gf.Compute()),
+    ):
         model = net()
         model[1] = nn.Identity()
         (x, y), (other, target) = data()

@@ -276,9 +276,9 @@ def test_a_unit_that_is_returned_stays() -> None:
         gf.shrink(model, ROWS)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.sampled_from(["conv", "wide", "depthwise", "grouped", "add", "pool"]), max_size=4))
-@pytest.mark.slow
 def test_random_networks_are_never_wrong_and_nothing_dead_stays(seed: int, plan: list[str]) -> None:
     torch.manual_seed(seed)
     layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, padding=1)]
