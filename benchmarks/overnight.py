@@ -58,7 +58,7 @@ def looking(name: str, seconds: float) -> list[float]:
     model, x, y = parts(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
     run = Run("L2(1e-4), EarlyStopping(9)", model, loss=nn.functional.mse_loss, example=x)
-    guard = Guard(model, "stop", lambda: None)
+    guard = Guard(model, "stop", lambda: False)
     ways = [Stepping(run, optimizer), Stepping(run, optimizer, guard=guard)]
     shares, until = [], time.monotonic() + seconds
     while time.monotonic() < until:

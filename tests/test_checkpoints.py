@@ -224,6 +224,8 @@ def test_settings_that_cannot_be_are_refused(given_: dict[str, Any], message: st
 def test_parts_without_a_state_and_places_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(gf.GoodfitError, match="lists or dicts; step is a int; put it into a dict"):
         gf.Checkpoints(tmp_path).watch(step=3)
+    with pytest.raises(gf.GoodfitError, match="set"):
+        gf.Checkpoints(tmp_path).watch(seen={"ids": {1, 2}})
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below", "a\0b"):
         with pytest.raises(gf.GoodfitError, match="The checkpoint cannot be written into"):

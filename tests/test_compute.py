@@ -196,3 +196,19 @@ def test_what_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(gf.GoodfitError) as refused:
         gf.Compute(**given)
     assert str(refused.value) == message
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch, behind a mask
+def test_masks_of_a_compiled_model_are_new_at_each_step_and_compile_nothing_anew() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    given: dict[str, Any] = {"cocktail": "Dropout(0.3), L2(1e-3)", "epochs": 4}
+    one, other = (fit(net(torch.float32), 4, compute, **given) for compute in (None, gf.Compute(compile=True)))
+    assert [row["valid_loss"] for row in one.history] == pytest.approx([row["valid_loss"] for row in other.history], rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 8  # of 44 steps
+
+
+@pytest.mark.parametrize("wrong", ["bf16", {"precision": "bf16"}, True, gf.Compute], ids=repr)
+def test_what_is_no_compute_is_refused(wrong: Any) -> None:
+    with pytest.raises(gf.GoodfitError, match=r"compute must be gf.Compute\(...\), got"):
+        fit(net(), 4, wrong)

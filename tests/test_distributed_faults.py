@@ -28,6 +28,16 @@ def net(noise: bool = True) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), drop, nn.Tanh(), nn.Linear(8, 1)).double()
 
 
+LOSSES = [nn.functional.mse_loss, nn.functional.l1_loss]
+
+
+class Longer(DistributedSampler[Any]):
+    """One that says more than it gives."""
+
+    def __len__(self) -> int:
+        return 15
+
+
 class Killed(Exception):
     """What ends a training in its middle."""
 
@@ -185,6 +195,8 @@ def refused(rank: int, folder: str) -> None:
         "shuffled valid": (net(), train_, shuffled, {}),
         "split valid": (net(), train_, DataLoader(rows, 8, sampler=split), {}),
         "uneven": (net(), uneven, valid, {}),
+        "uneven at length": (net(), DataLoader(few, 5, sampler=Longer(few, 2, rank)), valid, {}),
+        "settings": (net(), train_, valid, {"seed": rank, "nonfinite": "skip" if rank else "stop", "loss": LOSSES[rank]}),
         "one row": (net(), train_, valid, {"batch_size": 1}),
         "torch's norm": (torched, train_, valid, {}),
         "norm of one row": (normed, train_, valid, {"batch_size": 2}),
@@ -212,7 +224,9 @@ def test_what_several_processes_would_do_wrong_is_refused_in_all(tmp_path: Path)
         "stream": "train is a stream, which cannot be shared among processes",
         "shuffled valid": "valid must give all its rows, in one order, to each of the 2 processes",
         "split valid": "valid must give all its rows, in one order, to each of the 2 processes",
-        "uneven": "train ends before its batch for some of the 2 processes",
+        "uneven": "asked for different trainings, in the number of batches of train; run the same line in each",
+        "uneven at length": "train ends before its batch for some of the 2 processes",
+        "settings": "asked for different trainings, in loss, seed, nonfinite; run",
         "one row": "2 processes share each batch, and those of train have 1 rows",
         "torch's norm": "torch's SyncBatchNorm '1' is none for the CPU; gf.convert_batchnorm",
         "norm of one row": "train gives batches of one row",

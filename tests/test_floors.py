@@ -46,7 +46,7 @@ FLOORS = [
     {"data", "feed", "learning_rates", "loop", "small_batches", "explanation", "preparation", "rescored", "rollback"},
     {"compute", "culprit", "guard"},
     {"stepping", "training"},
-    {"fitting", "recipe", "refitting", "resuming"},
+    {"asked", "fitting", "recipe", "refitting", "resuming"},
     {"tabular", "report"},
     {"paths"},
     {"launch"},

@@ -114,6 +114,12 @@ def test_a_logger_that_fails_is_left_out_and_the_training_goes_on() -> None:
     assert (len(failing.rows), len(mine.rows)) == (2, 5)
 
 
+def test_a_place_where_no_log_can_be_is_refused_at_once(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere" / "log.csv", Path("/dev/full")):
+        with pytest.raises(gf.GoodfitError, match="give a file in a folder that exists"):
+            gf.logs.CSV(place)
+
+
 @pytest.mark.parametrize("wrong", [3, "log.csv", gf.logs.CSV, [Rows(), None]], ids=repr)
 def test_what_is_no_logger_is_refused_before_training(wrong: Any) -> None:
     with pytest.raises(gf.GoodfitError, match=r"logs must be loggers, with a method log\(row\), such as gf.logs.CSV"):

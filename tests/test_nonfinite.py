@@ -123,7 +123,7 @@ def test_a_stop_gives_the_best_and_says_why() -> None:
 def test_steps_left_out_are_as_if_their_batches_were_not_there() -> None:
     spoiled = data(set_to(math.nan, *range(6, 12)))
     with pytest.warns(
-        gf.GoodfitWarning, match=r"^step [26] is not finite: x has nan in 6 of its rows, .*; it is left out\.$"
+        gf.GoodfitWarning, match=r"^step [25] is not finite: x has nan in 6 of its rows, .*; it is left out\.$"
     ) as told:
         found = fit(net(), spoiled, "L2(1e-2)", nonfinite="skip", epochs=2)
     assert len(told) == 2
@@ -139,7 +139,7 @@ def test_what_is_never_finite_ends_also_where_steps_are_left_out() -> None:
     with pytest.warns(gf.GoodfitWarning, match="left out"):
         found = fit(net(), data(lambda x, y: y.fill_(math.nan)), nonfinite="skip", epochs=20)
     assert found.stopped.startswith(
-        "step 11 is not finite: y has nan in 6 of its rows, the first of them row 0, as 10 before it"
+        "step 1 is not finite: y has nan in 6 of its rows, the first of them row 0, as 10 batches before it"
     )
     assert [math.isnan(row["train_loss"]) for row in found.history] == [True, True]
 
@@ -163,6 +163,17 @@ def test_a_rollback_goes_back_to_the_best_and_on() -> None:
     assert (len(found.history), found.stopped) == (4, "")
     assert torch.equal(weights[8], weights[4])  # behind the first check; the seventh forward was run twice, to name what it has
     assert not torch.equal(weights[6], weights[4])
+
+
+def test_without_a_check_there_is_nothing_to_go_back_to() -> None:
+    with pytest.warns(gf.GoodfitWarning, match=r"^step 2 .*; it is left out, before any check to go back to\.$"):
+        fit(net(), data(set_to(math.nan, 6)), nonfinite="rollback", epochs=1)
+
+
+def test_of_several_batches_in_a_step_the_one_that_is_not_finite_is_named() -> None:
+    spoiled = data(set_to(math.nan, 6))
+    with pytest.warns(gf.GoodfitWarning, match=r"^step 1 is not finite: x has nan in 1 of its rows, the first of them row 0"):
+        fit(net(), spoiled, nonfinite="skip", compute=gf.Compute(accumulate=4), epochs=1)
 
 
 def test_a_rollback_needs_what_it_goes_back_to(tmp_path: Any) -> None:

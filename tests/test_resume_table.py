@@ -107,6 +107,8 @@ def test_what_cannot_be_resumed_is_one_line(goodfit: Callable[..., Outcome]) -> 
     assert (
         goodfit("fit", "--resume", "nowhere")[2] == "goodfit: There is no run folder 'nowhere' to resume; fit a table first.\n"
     )
+    Path("bare").mkdir()
+    assert goodfit("fit", "--resume", "bare")[2] == "goodfit: 'bare' is no run folder; fit a table first.\n"
     assert goodfit("fit", "--resume", "run")[0] == 0
 
 
@@ -117,11 +119,11 @@ def test_a_fit_needs_a_table_and_a_target(goodfit: Callable[..., Outcome]) -> No
 
 def test_the_rows_of_a_fit_are_logged_while_it_runs(goodfit: Callable[..., Outcome]) -> None:
     write("t.csv", rows())
-    command = ("fit", "t.csv", "--target", "churn", "--epochs", "5", "--out", "run", "--log", "log.csv")
+    command = ("fit", "t.csv", "--target", "churn", "--epochs", "5", "--out", "run", "--log-to", "log.csv")
     assert goodfit(*command)[0] == 0
     lines = Path("log.csv").read_text().splitlines()
     history = json.loads(Path("run", "history.json").read_text())["regularized"]
     assert lines[0] == ",".join(history[0])
     assert len(lines) == 6
-    assert "has the rows of another training" in goodfit(*command[:-3], "run2", "--seed", "1", "--log", "log.csv")[2]
+    assert "has the rows of another training" in goodfit(*command[:-3], "run2", "--seed", "1", "--log-to", "log.csv")[2]
     assert not Path("run2").exists()

@@ -166,6 +166,7 @@ def test_what_is_no_stream_of_numbers_is_one_line(tmp_path: Path) -> None:
     big = table_of(tmp_path / "big.parquet", y=pa.array([0, 2**64 - 1], pa.uint64()))
     none = table_of(tmp_path / "rows.parquet", x=pa.array([], pa.float64()), y=pa.array([], pa.int64()))
     real = table_of(tmp_path / "real.parquet", y=[0.5, 1.5])
+    wide = table_of(tmp_path / "wide.parquet", z=[1.0, 2.0])
     cases: list[tuple[dict[str, Any], str]] = [
         ({"path": tmp_path / "nowhere.parquet"}, "There is no Parquet file"),
         ({"path": tmp_path / "empty"}, "There is no Parquet file"),
@@ -185,6 +186,7 @@ def test_what_is_no_stream_of_numbers_is_one_line(tmp_path: Path) -> None:
         ({"path": big}, "is uint64, and classes are int64"),
         ({"path": none}, "train has no rows"),
         ({"path": [good, real]}, "All files need columns of one kind, and 'y' is int64 in"),
+        ({"path": [good, wide]}, "has other columns than"),
         ({"memory": 40}, "Parquet.memory must hold two batches of 1 rows, 48 bytes, got 40"),
         ({"memory": 0}, "Parquet.memory must be a number of bytes > 0, got memory=0"),
         ({"memory": True}, "Parquet.memory must be a number of bytes > 0, got memory=True"),

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
+from typer.main import get_command
 
+from goodfit.cli import app
 from test_cli import rows, write
 
 COCKTAIL = "L2(1e-4), Dropout(0.3), BatchNorm(sync=True), EarlyStopping(60)"
@@ -96,3 +99,11 @@ def test_bad_input_is_one_line_of_all() -> None:
         assert len(lines) == 1
         assert text in lines[0]
     assert not Path("out").exists()
+
+
+def test_no_option_of_the_command_is_one_of_torchrun() -> None:
+    """Which takes any word that its own options begin with for itself, also behind the command."""
+    theirs = {word for action in get_args_parser()._actions for word in action.option_strings}
+    ours = {word for option in get_command(app).commands["fit"].params for word in option.opts}
+    assert "--target" in ours
+    assert not {(one, other) for one in ours for other in theirs if other.startswith(one)}

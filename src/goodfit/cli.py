@@ -66,7 +66,7 @@ def fit(
     numbers: Annotated[list[str] | None, typer.Option(help="A column to read as numbers; may be repeated.")] = None,
     drop: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be repeated.")] = None,
     encoding: Annotated[str, typer.Option(help="Of a text file.")] = "utf-8",
-    log: Annotated[list[Path] | None, typer.Option(help="A .csv file or a TensorBoard folder; may be repeated.")] = None,
+    log_to: Annotated[list[Path] | None, typer.Option(help="A .csv file or a TensorBoard folder; may be repeated.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run folder whose training goes on; alone.", metavar="RUN")] = None,
 ) -> None:
     """Fit a network on a table; write a run folder and a report."""
@@ -86,7 +86,7 @@ def fit(
         command=command(),
         check_every=check_every,
         refit=refit,
-        logs=[str(path.absolute()) for path in log or ()],
+        logs=[str(path.absolute()) for path in log_to or ()],
     )
     _refuse_beside(context, resume, data, target)
     join()

@@ -15,7 +15,7 @@ from goodfit.errors import GoodfitError
 from goodfit.processes import world
 from goodfit.rows import mapped
 
-__all__ = ["Compute"]
+__all__ = ["Compute", "as_compute"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"full": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,6 +86,13 @@ class Compute:
             return leaf.contiguous(memory_format=torch.channels_last) if isinstance(leaf, Tensor) and leaf.ndim == 4 else leaf
 
         return mapped(x, images)
+
+
+def as_compute(given: Any) -> Compute:
+    """How steps are computed, plainly where nothing is said."""
+    if given is None or isinstance(given, Compute):
+        return given or Compute()
+    raise GoodfitError(f"compute must be gf.Compute(...), got {given!r:.40}; for half precision gf.Compute(precision='bf16').")
 
 
 def _exchanging(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from goodfit.errors import GoodfitError
 from goodfit.processes import summed, world
 from goodfit.rows import rows_of
 
-__all__ = ["Feed", "generators", "in_step", "persistent"]
+__all__ = ["Feed", "digest", "generators", "in_step", "persistent"]
 
 
 class Feed:
@@ -45,7 +45,9 @@ class Feed:
 
     def state_dict(self) -> dict[str, Any]:
         """Which epoch this is, how it began, and how many of its batches are over."""
-        last = _digest(self._last) if self.done and not self.over else ""
+        if self._saved is not None:  # no batch has been asked for yet
+            return dict(self._saved)
+        last = digest(self._last) if self.done and not self.over else ""
         return {"number": self.number, "done": self.done, "over": self.over, "last": last, **self._began}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -82,7 +84,7 @@ class Feed:
             order.epoch = saved["order"]
         batches = self._beginning()
         last = next(islice(batches, self.done - 1, None), None)
-        if last is None or _digest(last) != (saved["last"] or _digest(last)):
+        if last is None or digest(last) != (saved["last"] or digest(last)):
             raise GoodfitError(
                 f"The training was saved behind batch {self.done} of epoch {self.number}, and train gives another one there: "
                 "give the same data, in an order that comes from a generator (a sampler that has a state of its own cannot be "
@@ -135,7 +137,7 @@ def _samplers(batches: Any) -> list[Any]:
     return [one for one in (*ones, *(getattr(one, "sampler", None) for one in ones)) if one is not None]
 
 
-def _digest(batch: Any) -> str:
+def digest(batch: Any) -> str:
     """What tells the targets of one batch from those of another."""
     y = torch.as_tensor(batch[1]).detach().cpu().contiguous()
     return hashlib.sha256(_bytes(y)).hexdigest()

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.cocktail import Cocktail, as_cocktail
-from goodfit.compute import Compute
+from goodfit.compute import Compute, as_compute
 from goodfit.data import batches_of
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.guard import refuse_policy
@@ -136,7 +136,7 @@ def fit(
         scheduler_unit=scheduler_unit,
         seed=seed,
         home=home,
-        compute=compute or Compute(),
+        compute=as_compute(compute),
         nonfinite=nonfinite,
         check_every=check_every,
         keep=keep,
@@ -161,6 +161,7 @@ def fit(
 
 def _train(recipe: Recipe, work: Training, epochs: int, start: nn.Module | None) -> Fit:
     """Train, put the weights to keep back, and score them."""
+    recipe.refuse_different(work, epochs)
     resumed = 0 if recipe.checkpoints is None else resume(work, recipe.checkpoints, start)
     try:
         with training_mode(work.run.model), Progress(epochs, "fit", recipe.progress) as bar, recipe.interrupts(bar) as asked:

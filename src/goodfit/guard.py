@@ -26,10 +26,11 @@ class Nonfinite(GoodfitError):
 class Guard:
     """Look at each step between its backward and its move.
 
-    back: puts the best weights so far into the model. spoiled: steps that were left out, in a row, or since the last check.
+    back: puts the best weights so far into the model, and says whether there are any. spoiled: steps that were left out, in a
+    row, or since the last check.
     """
 
-    def __init__(self, model: nn.Module, policy: str, back: Callable[[], None]) -> None:
+    def __init__(self, model: nn.Module, policy: str, back: Callable[[], bool]) -> None:
         self.model, self.policy, self.back = model, policy, back
         self.spoiled = 0
         self._buffers = [b for norm in by_batch(model).values() for b in norm.buffers() if b.is_floating_point()]
@@ -59,11 +60,11 @@ class Guard:
         if self.policy in ("stop", "raise"):
             raise Nonfinite(f"{told}; the step was not taken.")
         if self.spoiled > IN_A_ROW:
-            raise Nonfinite(f"{told}, as {IN_A_ROW} before it; none of them was taken.")
+            raise Nonfinite(f"{told}, as {IN_A_ROW} batches before it; none of their steps was taken.")
+        what = ""
         if self.policy == "rollback":
-            self.back()
-        what = "left out" if self.policy == "skip" else "left out, and the model goes back to its best weights so far"
-        warnings.warn(f"{told}; it is {what}.", GoodfitWarning, stacklevel=2)
+            what = ", and the model goes back to its best weights so far" if self.back() else ", before any check to go back to"
+        warnings.warn(f"{told}; it is left out{what}.", GoodfitWarning, stacklevel=2)
 
 
 @torch.no_grad()

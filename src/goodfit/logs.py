@@ -33,11 +33,13 @@ class Logger(Protocol):
 class CSV:
     """Rows in a text file, whose header is their names. A row that is there already is not written twice.
 
-    Errors: a file that cannot be written; a file of another training.
+    Errors: no folder there, or no file; a file of another training. A disk that does not take a row is a warning.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not self.path.parent.is_dir() or (self.path.exists() and not self.path.is_file()):
+            raise GoodfitError(f"A log cannot be written into {str(path)!r}: give a file in a folder that exists.")
         self._there: dict[str, dict[str, str]] | None = None
 
     def log(self, row: Row) -> None:

@@ -95,8 +95,9 @@ class Noisy:
             self.seed.copy_(own)
             self.name, self.clock, self.rank, self._now, self._calls, self._pending, self._kept = before
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def draw(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Float32 numbers in [0, 1), new ones at each call of a step."""
+        """Float32 numbers in [0, 1), new ones at each call of a step; beside a compiled graph, which would hold one step's."""
         salt = Noise(0, self.name, self.clock.step, self._call(), self.rank).salt
         return _draw(self.seed, salt, list(shape), device)
 

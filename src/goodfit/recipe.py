@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from goodfit.asked import asked, refuse_different
 from goodfit.batchnorms.present import by_batch
 from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.cocktail import Cocktail
@@ -94,12 +96,19 @@ class Recipe:
             self.nonfinite,
             told,
             schedule,
+            asked=asked(model, self.cocktail, loss, optimizer),
         )
 
     def _alone(self, model: nn.Module) -> bool:
         """Whether a batch norm sees the rows of its own process alone."""
         apart = (m for m in by_batch(model).values() if not isinstance(m, SyncBatchNorm | nn.SyncBatchNorm))
         return any(True for _ in apart) or any(not one.sync for one in self.cocktail.of(BatchNorm))
+
+    def refuse_different(self, work: Training, epochs: int) -> None:
+        """Refuse processes that train together and were not asked for the same."""
+        batches = {f"the number of batches of {name}": length_hint(getattr(work, name), -1) for name in ("train", "valid")}
+        settings = {name: getattr(self, name) for name in ("seed", "compute", "nonfinite", "check_every")}
+        refuse_different({**work.asked, **batches, **settings, "epochs": epochs})
 
     def interrupts(self, bar: Progress) -> Interrupts:
         """What hears Ctrl-C while it trains."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from operator import length_hint
@@ -10,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from goodfit.asked import compare, first_targets
 from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.checkpoints.processes import OfEach
 from goodfit.checkpoints.randomness import Randomness
-from goodfit.errors import GoodfitError
+from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.feed import generators, persistent
 from goodfit.training import Training
 
@@ -21,15 +23,20 @@ __all__ = ["as_checkpoints", "of_refit", "resume"]
 
 
 class Place:
-    """Where a training is between two steps, beside its run, model, optimizer and schedule."""
+    """Where a training is between two steps, beside its run, model, optimizer and schedule.
+
+    otherwise: what is to be told of a training that goes on with another cocktail.
+    """
 
     def __init__(self, work: Training) -> None:
         self.work = work
+        self.otherwise = ""
+        self.asked = work.asked | {"valid": first_targets(work.valid)}
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain numbers."""
         numbers = {name: getattr(self.work, name) for name in ("epoch", "step", "history")}
-        return {**numbers, "tally": self.work.tally.state_dict(), "batches": self._batches()}
+        return {**numbers, "tally": self.work.tally.state_dict(), "batches": self._batches(), "asked": self.asked}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
@@ -38,8 +45,10 @@ class Place:
                 f"The checkpoint is of a training on {saved['batches']} batches of train and valid, and here are "
                 f"{self._batches()}; give the same data, in batches of the same size."
             )
+        self.otherwise = compare(saved["asked"], self.asked)
         for name in ("epoch", "step", "history"):
             setattr(self.work, name, saved[name])
+        self.work.stepping.taken = saved["step"]
         self.work.tally.load_state_dict(saved["tally"])
 
     def _batches(self) -> list[int]:
@@ -81,8 +90,11 @@ def resume(work: Training, checkpoints: Checkpoints, start: nn.Module | None) ->
     parts |= {"scaler": stepping.scaler, "start": start}
     given = {name: part for name, part in parts.items() if part is not None}
     randomness = OfEach(Randomness(*generators(work.train, work.valid)))
-    work.saving = checkpoints.watch(**given, training=Place(work), feed=OfEach(work.feed), randomness=randomness)
+    place = Place(work)
+    work.saving = checkpoints.watch(**given, training=place, feed=OfEach(work.feed), randomness=randomness)
     step = work.saving.restore()
+    if place.otherwise:
+        warnings.warn(place.otherwise, GoodfitWarning, stacklevel=4)
     if step and scheduler is not None:
         stepping.optimizer._opt_called = True  # type: ignore[attr-defined]  # in another process: the scheduler need not warn
     return step

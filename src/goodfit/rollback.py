@@ -15,12 +15,15 @@ from goodfit.tensors import load_tensors, tensors_of
 __all__ = ["back_to_best", "refuse_rollback"]
 
 
-def back_to_best(run: Run, optimizer: Optimizer) -> None:
-    """The best weights and buffers so far, with the moments of a fresh optimizer; nothing before the first check."""
+def back_to_best(run: Run, optimizer: Optimizer) -> bool:
+    """The best weights and buffers so far, with the moments of a fresh optimizer; whether there are any yet."""
+    went = False
     for one, state in run.states(EarlyStopping):
         if one.keeps and int(state["best_check"]):
             load_tensors(run.model, *one.kept(*tensors_of(run.model), state))
             optimizer.state.clear()
+            went = True
+    return went
 
 
 def refuse_rollback(policy: str, cocktail: Cocktail, keep: Any) -> None:

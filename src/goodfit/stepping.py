@@ -26,7 +26,7 @@ __all__ = ["Stepping"]
 
 @dataclass
 class Stepping:
-    """Steps of one run. scaler: of losses in half precision, None where none is needed."""
+    """Steps of one run. scaler: of losses in half precision, None where none is needed. taken: how many steps there were."""
 
     run: Run
     optimizer: Optimizer
@@ -39,7 +39,7 @@ class Stepping:
         self._home = next(self.run.model.parameters()).device
         self.scaler = self.compute.scaler(self._home)
         self._through: nn.Module | None = self.compute.placed(self.run.model)
-        self._seen = 0
+        self.taken, self._looked = 0, False
 
     def over(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
         """One epoch, step by step: the mean loss over its rows, as it was before the step, and how many they are."""
@@ -90,9 +90,9 @@ class Stepping:
             for p in self.run.model.parameters():
                 if p.grad is not None:
                     p.grad.mul_(window[0].rows / rows)
-        self._seen += 1
-        if world() > 1 and self._seen == 1:
+        if world() > 1 and not self._looked:
             self._refuse_unused()
+        self._looked = True
         fine = self.guard is None or self.guard.finite([one.loss for one in window])
         total = torch.stack([one.loss.double() * one.own for one in window]).sum()
         if world() > 1:
@@ -102,6 +102,7 @@ class Stepping:
             self.run.gradient(self.optimizer)
             self._move()
             self.run.step(self.optimizer)
+            self.taken += 1
             yield total / rows, rows
 
     def _refuse_unused(self) -> None:
@@ -121,8 +122,8 @@ class Stepping:
         if self.scaler is not None and self.scaler.get_scale() > 1:
             self._move()
         else:
-            last = window[-1]
-            self.guard.refuse(self._seen, last.x, last.y, last.loss)
+            odd = next((one for one in window if not one.loss.isfinite()), window[-1])
+            self.guard.refuse(self.taken + 1, odd.x, odd.y, odd.loss)
         self.run.skip()
         return True
 

@@ -35,7 +35,7 @@ class Training:
 
     measure: f(outputs, y) → mean over the rows; rowwise: the loss of each row, where it is known. history: a dict per check.
     stopped: why it ended before the last epoch, "" where it did not; reason: the same in one word. put_back: whether the
-    weights to keep are in the model. saving: its checkpoints.
+    weights to keep are in the model. saving: its checkpoints. asked: for what, as text.
     """
 
     stepping: Stepping
@@ -48,6 +48,7 @@ class Training:
     log: Told = field(default_factory=lambda: Told(None))
     schedule: Scheduling = field(default_factory=Scheduling)
     saving: Saving | None = None
+    asked: dict[str, str] = field(default_factory=dict)
     epoch: int = 0
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -70,6 +71,11 @@ class Training:
     def go(self, epochs: int, bar: Progress, interrupts: Interrupts) -> None:
         """Train until the run does not want to go on, the epochs are over, or Ctrl-C behind the first check."""
         self._interrupts = interrupts
+        if self.epoch > epochs:
+            raise GoodfitError(
+                f"The training was saved in epoch {self.epoch}, beyond epochs={epochs}; ask for as many, or save in another "
+                "folder."
+            )
         try:
             self.stopped, self.reason = self.run.stopped, self.run.reason  # of a training that was saved at its end
             self._epochs(range(self.epoch + self.feed.over, epochs + 1), bar)

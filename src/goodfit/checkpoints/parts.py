@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goodfit.checkpoints.plain import packed
 from goodfit.errors import GoodfitError
 from goodfit.tensors import put
 
@@ -18,13 +19,13 @@ def refuse(name: str, part: Any) -> None:
     """Refuse what has no state that could be saved and loaded, and names that are none of a file."""
     if not name.isidentifier():
         raise GoodfitError(f"A part of a checkpoint needs a name such as an argument has, got {name!r:.80}; rename it.")
-    if isinstance(part, dict | list | torch.Generator):
-        return
-    if not all(callable(getattr(part, call, None)) for call in ("state_dict", "load_state_dict")):
+    plain = isinstance(part, dict | list | torch.Generator)
+    if not plain and not all(callable(getattr(part, call, None)) for call in ("state_dict", "load_state_dict")):
         raise GoodfitError(
             f"A checkpoint needs parts with state_dict and load_state_dict, generators, lists or dicts; {name} is a "
             f"{type(part).__name__}; put it into a dict."
         )
+    packed(give(part), name)  # what no checkpoint can hold is told before anything could be lost
 
 
 def give(part: Any) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class Files:
         self.rows = 0
         for path in paths:
             with _opened(path) as file:
+                if columns is None and set(file.schema_arrow.names) != {*self.inputs, target}:
+                    raise GoodfitError(
+                        f"{str(path)!r} has other columns than {str(paths[0])!r}; write them alike, or name the "
+                        "inputs in columns."
+                    )
                 self._refuse_other(self._kinds(file, path), kinds, path)
                 self._groups += [(path, group) for group in range(file.metadata.num_row_groups)]
                 self.rows += file.metadata.num_rows

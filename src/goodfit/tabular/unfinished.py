@@ -10,7 +10,7 @@ from pathlib import Path
 
 from goodfit.durable import whole_file
 from goodfit.errors import GoodfitError
-from goodfit.tabular.folder import TRAINING, read_json, refused
+from goodfit.tabular.folder import RUN, TRAINING, read_json, refused
 from goodfit.tabular.settings import Settings
 
 __all__ = ["asked", "begin", "checkpoints_of", "forget"]
@@ -34,6 +34,8 @@ def asked(out: Path) -> tuple[Path, str, Settings]:
     """The table, the target and the settings of a training that goes on; the table must be as it was."""
     if not out.is_dir():
         raise GoodfitError(f"There is no run folder {str(out)!r} to resume; fit a table first.")
+    if not (out / TRAINING).is_dir() and not (out / RUN).is_file():
+        raise GoodfitError(f"{str(out)!r} is no run folder; fit a table first.")
     if not (out / TRAINING).is_dir():
         raise GoodfitError(f"The training of {str(out)!r} has ended, and there is nothing to resume; fit into another --out.")
     said = read_json(out / TRAINING / ASKED)
