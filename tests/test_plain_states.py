@@ -200,7 +200,12 @@ class Own:
     ],
 )
 def test_what_no_checkpoint_can_hold_is_refused_by_name(make: Any, message: str, tmp_path: Path) -> None:
-    saving = gf.Checkpoints(tmp_path).watch(part={"x": make()})
+    """Before the training; and in a save, where it comes later."""
+    with pytest.raises(gf.GoodfitError, match=message):
+        gf.Checkpoints(tmp_path).watch(part={"x": make()})
+    part: dict[str, Any] = {}
+    saving = gf.Checkpoints(tmp_path).watch(part=part)
+    part["x"] = make()
     with pytest.raises(gf.GoodfitError, match=message) as refused:
         saving.save(1)
     assert "\n" not in str(refused.value)
