@@ -75,9 +75,9 @@ def train(folder: Path, seed: int, every: int | None) -> str:
 def child(result: Path, folder: Path, seed: int, every: int | None) -> int:
     """The same in a process of its own, which leaves its digest, or its error, in a file."""
     process = os.fork()
+    os.setpgid(process, process)  # in both, as either may be the first; of a zero it is the own one
     if process:
         return process
-    os.setsid()
     for stream in (1, 2):  # workers that outlive it complain, and hold what they have open
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     try:
