@@ -264,5 +264,5 @@ def test_saving_takes_two_per_cent_of_the_time_at_most(
         if saving(n):
             times.append(now[0])
     assert spent[0] <= 0.02 * now[0] + cost  # of the first, which nothing could foresee
-    assert len(times) > 0.9 * now[0] * 0.02 / cost - 1
+    assert len(times) > 0.7 * now[0] * 0.02 / cost - 1
     assert times[0] > 0.1
