@@ -27,6 +27,7 @@ __all__ = ["Draw", "Draws", "own_layers"]
 
 # names of aten operations, without the underscore of in-place ones
 _MASKS = {"bernoulli", "randperm"}
+_UNIFORM = {"rand", "rand_like", "uniform"}
 _CUTS = {"argsort", "ceil", "eq", "floor", "ge", "gt", "heaviside", "le", "lt", "ne", "round", "sign", "sort", "topk", "trunc"}
 _COMPARE = {"ge", "gt", "le", "lt"}
 _SELECT = {"gather", "index", "index_select", "take"}
@@ -41,6 +42,7 @@ class Draw:
     stack: tuple[str, ...]
     kind: str = ""  # "drops", "decides", "asks", "noise" or "idle"; "" while nothing has used it
     used: set[str] = field(default_factory=set)  # by which operations, up to where it meets the data
+    uniform: bool = False  # whether its numbers lie between 0 and 1
 
     @property
     def owner(self) -> str:
@@ -84,6 +86,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._containers = {
             name for module, name in self._names.items() if any(m is not None for m in module._modules.values())
         }
+        self._noisy = {name for module, name in self._names.items() if isinstance(module, Noisy)}
         self._own = {name for module, name in self._names.items() if _own(module) and getattr(module, "p", 1) != 0}
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self._thread = threading.get_ident()
@@ -143,7 +146,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
     def _drawn(self, func: Any, op: str, outputs: list[Tensor]) -> None:
-        draw = Draw(op, tuple(self._stack))
+        draw = Draw(op, tuple(self._stack), uniform=op in _UNIFORM or self._stack[-1] in self._noisy)
         self.draws.append(draw)
         self.sizes.append(outputs[0].numel())
         if "dropout" in op or any(a.name in RATES for a in func._schema.arguments):
@@ -202,5 +205,5 @@ def _place(t: Tensor) -> int:
 
 def _settled(bounds: list[Any], draws: list[Draw]) -> bool:
     """Whether a comparison of uniform numbers with one number always ends the same, as at a rate of 0."""
-    uniform = all(d.op in {"rand", "rand_like", "uniform"} for d in draws)
+    uniform = all(d.uniform for d in draws)
     return uniform and all((not isinstance(b, Tensor) or b.numel() == 1) and not 0 < float(b) < 1 for b in bounds)
