@@ -40,7 +40,7 @@ FLOORS = [
     {"cocktail"},
     {"plan", "hooks", "convert"},
     {"accumulation", "views"},
-    {"beside", "checks"},
+    {"beside", "checks", "uphill"},
     {"run", "checkpoints"},
     {"order", "streams"},
     {"data", "feed", "learning_rates", "loop", "small_batches", "explanation", "preparation", "rescored", "rollback"},

@@ -22,6 +22,7 @@ from goodfit.noise import Noise
 from goodfit.phases import Batch, Build, Epoch, Finish, Gradient, Loss, Penalty, Regularizer, Report, Step, phases_of
 from goodfit.regularizers import catalogue
 from goodfit.regularizers.attention_dropout import AttentionDropout
+from goodfit.regularizers.confidence_penalty import ConfidencePenalty
 from goodfit.regularizers.drop_path import DropPath
 from goodfit.run import Run
 from toys import TOYS
@@ -55,8 +56,9 @@ def net(kind: type[Regularizer] = Build) -> nn.Module:
         return nn.Sequential(nn.Linear(3, 8), Residual(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 1)).double()
     if kind is AttentionDropout:
         return nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (4, 2)), Attention(), nn.Flatten(), nn.Linear(8, 1)).double()
+    outputs = 2 if kind is ConfidencePenalty else 1
     maps = (nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 2, 3, padding=1), nn.SELU(), nn.Conv1d(2, 1, 1), nn.Flatten())
-    return nn.Sequential(nn.Linear(3, 8), nn.SELU(), *maps, nn.Linear(4, 4), nn.SELU(), nn.Linear(4, 1)).double()
+    return nn.Sequential(nn.Linear(3, 8), nn.SELU(), *maps, nn.Linear(4, 4), nn.SELU(), nn.Linear(4, outputs)).double()
 
 
 def results(one: Regularizer) -> dict[str, torch.Tensor]:
@@ -66,12 +68,16 @@ def results(one: Regularizer) -> dict[str, torch.Tensor]:
     if isinstance(one, Batch):
         out["x"], out["y"] = one.batch(X, Y, Noise(5, "here"))
     if isinstance(one, Loss):
-        out["loss"] = one.loss(torch.tensor(0.05, dtype=torch.float64), X[:, 0], Y)
+        out["loss"] = one.loss(torch.tensor(0.05, dtype=torch.float64), X, Y)
     if isinstance(one, Penalty):
         out["penalty"] = one.penalty(W, state)
         out |= {f"slope.{n}": s for n, s in one.slope(W, state).items()}
     if isinstance(one, Gradient):
-        grads, state = one.gradient(G, W, state, lambda w: {n: 2 * t for n, t in w.items()})
+
+        def again(weights: dict[str, torch.Tensor], epsilon: object = 0.0) -> dict[str, torch.Tensor]:
+            return {n: G[n] + 2 * (w - W[n]) + epsilon for n, w in weights.items()}
+
+        grads, state = one.gradient(G, W, state, again, Noise(5, "here"))
         out |= {f"gradient.{n}": g for n, g in grads.items()}
     if isinstance(one, Step):
         lr = {n: torch.tensor(0.1, dtype=torch.float64) for n in W}
@@ -130,7 +136,7 @@ def test_2_off_is_the_identity(kind: type[Regularizer]) -> None:
     same = results(off)
     expected = {"x": X, "y": Y, "loss": torch.tensor(0.05)} | {f"step.{n}": w for n, w in W.items()}
     expected |= {f"finish.{n}": w + 9 for n, w in W.items()} | {f"finish.{n}": b for n, b in B.items()}
-    expected |= {f"gradient.{n}": 2 * W[n] if getattr(kind, "twice", False) else g for n, g in G.items()}
+    expected |= {f"gradient.{n}": g for n, g in G.items()}
     expected |= {"penalty": torch.tensor(0.0)} | {f"slope.{n}": w * 0 for n, w in W.items()}
     expected |= {f"go.{i}": torch.tensor(True) for i in range(len(SCORES))}
     for name, value in same.items():
@@ -219,7 +225,7 @@ def test_5_shape_dtype_and_device_are_kept(kind: type[Regularizer], dtype: torch
     if isinstance(one, Penalty):
         moved = one.slope(weights, state)
     if isinstance(one, Gradient):
-        moved, _ = one.gradient(grads, weights, state, lambda w: dict(w))
+        moved, _ = one.gradient(grads, weights, state, lambda w, e=None: dict(w), Noise(5, "here"))
     if isinstance(one, Step):
         lr = {n: torch.tensor(0.1, dtype=torch.float64) for n in weights}
         moved, state = one.step(weights, lr, {n: torch.ones_like(w) for n, w in weights.items()}, state)
@@ -241,7 +247,7 @@ def test_6_a_run_that_is_saved_and_reloaded_goes_on_identically(kind: type[Regul
         torch.manual_seed(len(scores))  # AttentionDropout draws from torch's generator
         for score in scores:
             for _ in range(3):
-                x, y = run.batch(X, Y)
+                x, y = run.batch(X, torch.stack([Y, 1 - Y], 1) if kind is ConfidencePenalty else Y)
                 optimizer.zero_grad()
                 run.loss(x, y).backward()
                 run.gradient(optimizer)
