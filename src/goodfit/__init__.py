@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from goodfit.regularizers.batchnorm import BatchNorm as BatchNorm
     from goodfit.regularizers.channel_dropout import ChannelDropout as ChannelDropout
     from goodfit.regularizers.constraints import MaxNorm as MaxNorm
+    from goodfit.regularizers.cut_out import CutOut as CutOut
     from goodfit.regularizers.drop_block import DropBlock as DropBlock
     from goodfit.regularizers.drop_connect import DropConnect as DropConnect
     from goodfit.regularizers.drop_path import DropPath as DropPath
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
     from goodfit.regularizers.gaussian_dropout import GaussianDropout as GaussianDropout
     from goodfit.regularizers.group_lasso import GroupLasso as GroupLasso
     from goodfit.regularizers.input_dropout import InputDropout as InputDropout
+    from goodfit.regularizers.input_noise import InputNoise as InputNoise
+    from goodfit.regularizers.label_smoothing import LabelSmoothing as LabelSmoothing
+    from goodfit.regularizers.mixing import CutMix as CutMix, MixUp as MixUp
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet
     from goodfit.run import Run as Run
