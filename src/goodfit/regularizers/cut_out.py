@@ -22,17 +22,17 @@ __all__ = ["CutOut"]
 class CutOut(Batch):
     """Cutout: a patch of a row is set to 0, the mean of inputs that are standardized; its target stays.
 
-    Formula: x ← 0 within a patch, with probability p for each row, which has a patch of its own. Images (rows, channels, height,
-        width): a box with sides √ratio of the image's around a point anywhere, cut off at the border. Tables (rows, columns):
-        a random round(ratio · columns) of the columns.
+    Formula: x ← 0 within a patch, with probability p for each row, which has a patch of its own. Images (rows, channels,
+        height, width): a box with sides √ratio of the image's around a point anywhere, cut off at the border. Tables (rows,
+        columns): a random round(ratio · columns) of the columns.
     Phase: Batch. In a dict or tuple the columns of all tensors are those of one table; integers and booleans stay as they are.
-        The columns of a one-hot category are cut each by itself. Nothing is scaled up. The paper cuts a square of a given length
-        from every image (16 of 32 pixels are ratio 0.25, whose box is a square where the image is); p and the form for tables
-        are those of Kadra et al., who tune both numbers. They may cut a whole batch by one patch: here rows differ, as in the
-        paper.
-    Numbers: p, the probability that a row is cut, in [0, 1], off at 0. ratio, the share of the area or of the columns, in [0, 1].
-    Errors: p or ratio outside [0, 1]; x without floating point, neither table nor images, of images of several sizes, or without
-        the rows on axis 0.
+        The columns of a one-hot category are cut each by itself. Nothing is scaled up. The paper cuts a square of a given
+        length from every image (16 of 32 pixels are ratio 0.25, and a square where the image is one). p and tables come from
+        Kadra et al., whose code cuts the same columns from all rows of a batch, one at least; here each row is cut by itself,
+        as in the paper on images.
+    Numbers: p, the probability that a row is cut, in [0, 1], off at 0. ratio of the area or of the columns, in [0, 1].
+    Errors: p or ratio outside [0, 1]; x without floating point, neither table nor images, of images of several sizes, or
+        without the rows on axis 0.
     Source: DeVries and Taylor 2017, Improved regularization of convolutional neural networks with cutout, arXiv 1708.04552;
         Kadra et al. 2021, Well-tuned simple nets excel on tabular datasets, arXiv 2106.11189.
 

@@ -51,7 +51,7 @@ def beta(alpha: float | Tensor, noise: Noise) -> Tensor:
     """
     a = number(alpha).clamp(min=1e-300)
     u = noise.uniform(2, 3 * _PROPOSALS + 1).double()
-    first, second, threshold, boost = u.split([_PROPOSALS, _PROPOSALS, _PROPOSALS, 1], dim=1)
+    first, second, threshold, boost = torch.split(u, [_PROPOSALS, _PROPOSALS, _PROPOSALS, 1], dim=1)
     z = (-2 * torch.log1p(-first)).sqrt() * (2 * math.pi * second).cos()
     d = a + 2 / 3
     v = (1 + z / (9 * d).sqrt()) ** 3

@@ -22,9 +22,9 @@ class LabelSmoothing(Batch):
     """Label smoothing: a share of every target is spread evenly over the classes, its own class included.
 
     Formula: y ← (1 − share) · y + share / classes.
-    Phase: Batch. y holds probabilities (rows, classes, ...); gf.fit makes the classes of y one-hot. With cross-entropy it is torch's
-        CrossEntropyLoss(label_smoothing=share), but in training alone: validation is scored against the targets as they are.
-        Beside that argument the targets are smoothed twice. Its order among others of this phase does not matter.
+    Phase: Batch. y holds probabilities (rows, classes, ...); gf.fit makes the classes of y one-hot. With cross-entropy it is
+        torch's CrossEntropyLoss(label_smoothing=share), but in training alone: validation is scored against the targets as
+        they are. Beside that argument targets are smoothed twice. Before or behind MixUp and CutMix is the same.
     Numbers: share of the probability that is spread, in [0, 1], off at 0.
     Errors: share outside [0, 1]; y without an axis of two classes or more, or with rows that are no probabilities, such as the
         reals of a regression.
@@ -53,6 +53,6 @@ def _refuse_reals(y: Tensor) -> None:
     far = (y.double().sum(1) - 1).abs() > 0.01 + 2 * torch.finfo(y.dtype).eps
     if truth(far.any() | (y < 0).any()):
         raise GoodfitError(
-            f"LabelSmoothing needs probabilities over the {y.shape[1]} classes of axis 1 of y, which are >= 0 and sum to 1, got "
-            "other numbers; leave it out for reals."
+            "LabelSmoothing needs probabilities, numbers >= 0 with the sum 1 over axis 1 of y, got other numbers in y of shape "
+            f"{tuple(y.shape)}; leave it out for reals."
         )

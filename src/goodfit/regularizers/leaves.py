@@ -39,8 +39,8 @@ def refuse_other_rows(found: dict[str, Tensor], y: Tensor, who: str) -> None:
     for name, leaf in found.items():
         if leaf.ndim == 0 or leaf.shape[0] != y.shape[0]:
             raise GoodfitError(
-                f"{who} needs the {y.shape[0]} rows of y on axis 0 of every tensor, got {name} of shape {tuple(leaf.shape)}; put "
-                "the batch first, and what belongs to no row into the model."
+                f"{who} needs the {y.shape[0]} rows of y on axis 0 of every tensor, got {name} of shape {tuple(leaf.shape)}; "
+                "put the batch first, and what belongs to no row into the model."
             )
 
 

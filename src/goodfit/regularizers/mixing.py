@@ -23,8 +23,8 @@ __all__ = ["CutMix", "MixUp"]
 class MixUp(Batch):
     """Mixup: the model trains on lines between two rows, and on the same lines between their targets.
 
-    Formula: x ← share · x + (1 − share) · x', y ← share · y + (1 − share) · y', where x', y' are the rows of the batch in a random
-        order and share ~ Beta(alpha, alpha); one share and one order per batch, as in the paper.
+    Formula: x ← share · x + (1 − share) · x', y ← share · y + (1 − share) · y', where x', y' are the rows of the batch in a
+        random order and share ~ Beta(alpha, alpha); one share and one order per batch, as in the paper.
     Phase: Batch. All tensors of x get the same order and share; y holds probabilities or reals (gf.fit makes the classes of y
         one-hot). Validation is never mixed.
     Numbers: alpha >= 0, off at 0: near 0 rows stay almost as they are, at 1 every share is as likely, beyond it halves are.
@@ -54,7 +54,7 @@ class CutMix(Batch):
         kept is the share of x that is outside the patch, counted after it is cut off at the border. share ~ Beta(alpha, alpha).
         Images (rows, channels, height, width): a box with sides √(1 − share) of the image's around a point anywhere. Tables
         (rows, columns): a random round((1 − share) · columns) of the columns. One patch and one order per batch, as in the
-        paper, which has images alone.
+        paper, which has images alone, and as in the code of Kadra et al., which exchanges one column at least.
     Phase: Batch. In a dict or tuple the columns of all tensors are those of one table. The columns of a one-hot category are
         exchanged each by itself. y holds probabilities or reals; of maps of targets, (rows, classes, ...), there is no share.
     Numbers: p, the probability that a batch is cut, in [0, 1], off at 0. alpha > 0: at 1 every share is as likely.
@@ -76,8 +76,8 @@ class CutMix(Batch):
         refuse_other_rows(found, y, "CutMix")
         if y.ndim > 2:
             raise GoodfitError(
-                f"CutMix mixes one target per row, (rows,) or (rows, classes), got y of shape {tuple(y.shape)}; leave it out of "
-                "the cocktail."
+                f"CutMix mixes one target per row, (rows,) or (rows, classes), got y of shape {tuple(y.shape)}; leave it out "
+                "of the cocktail."
             )
         cut = lot(noise, "cut").uniform() < number(self.p)
         share = torch.where(cut, 1 - beta(self.alpha, lot(noise, "share")), 0.0)

@@ -21,11 +21,12 @@ def patches(found: dict[str, Tensor], share: Tensor, noise: Noise, who: str) -> 
     if all(t.ndim <= 2 for t in found.values()):
         widths = [t.shape[1] if t.ndim == 2 else 1 for t in found.values()]
         whole = _columns(sum(widths), share, noise)
-        parts = zip(found.items(), whole.split(widths, dim=1), strict=True)
+        parts = zip(found.items(), torch.split(whole, widths, dim=1), strict=True)
         return {name: part if t.ndim == 2 else part[:, 0] for (name, t), part in parts}, whole
     if all(t.ndim == 4 for t in found.values()) and len(sizes) == 1:
-        whole = _boxes(*sizes.pop(), share, noise)
-        return {name: whole[:, None] for name in found}, whole
+        height, width = sizes.pop()
+        whole = _boxes(height, width, share, noise)
+        return dict.fromkeys(found, whole[:, None]), whole
     shapes = ", ".join(f"{name} of shape {tuple(t.shape)}" for name, t in found.items())
     raise GoodfitError(
         f"{who} cuts tables (rows, columns) or images (rows, channels, height, width) of one size, got {shapes}; leave it out "
