@@ -6,6 +6,7 @@ import math
 import os
 from collections import OrderedDict, namedtuple
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,13 @@ def test_the_share_is_made_of_gamma_variates_as_the_paper_makes_them(alpha: floa
     for seed in range(150):
         first, second = (gamma_of_the_paper(alpha, u) for u in Noise(seed, "g").uniform(2, 25).tolist())
         assert float(beta(alpha, Noise(seed, "g"))) == pytest.approx(first / (first + second), rel=1e-10)
+
+
+def test_a_share_of_proposals_that_all_fail_is_a_share() -> None:
+    never = torch.zeros(2, 25)
+    never[:, :8], never[:, 8:16] = 1 - 2**-24, 0.5  # z = −5.8 and log U = 0
+    noise: Any = SimpleNamespace(uniform=lambda *shape: never)
+    assert float(beta(0.05, noise)) == 0.5
 
 
 def test_the_share_at_the_ends_of_alpha() -> None:
@@ -158,7 +166,7 @@ def test_a_coarse_input_is_mixed_in_the_shares_of_its_target(dtype: torch.dtype)
     for seed in range(20):
         mixed, y = gf.MixUp(1.0).batch(x, torch.eye(3, dtype=torch.float64), Noise(seed, "m"))
         assert mixed.dtype == dtype
-        assert torch.equal(mixed, y.to(dtype))
+        torch.testing.assert_close(mixed, y.to(dtype), rtol=0, atol=1e-7)
         assert torch.equal(y.sum(1), torch.ones(3))
 
 
