@@ -405,7 +405,7 @@ def test_what_was_not_called_is_refused_after_a_resume_too() -> None:
 
 
 def uphill_by_hand(w: Tensor, x: Tensor, y: Tensor, rho: float) -> Tensor:
-    """SAM without its norm on a linear model and squared error: the gradient at w + rho · g(w)."""
+    """SAM on a linear model and squared error: the gradient at w + rho · g(w) / |g(w)|."""
 
     def slope(w: Tensor) -> Tensor:
         return 2 * (x.T @ (x @ w - y)) / len(x)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from goodfit.regularizers.clipping import ClipNorm as ClipNorm, ClipValue as ClipValue
     from goodfit.regularizers.confidence_penalty import ConfidencePenalty as ConfidencePenalty
     from goodfit.regularizers.constraints import MaxNorm as MaxNorm
+    from goodfit.regularizers.cut_out import CutOut as CutOut
     from goodfit.regularizers.drop_block import DropBlock as DropBlock
     from goodfit.regularizers.drop_connect import DropConnect as DropConnect
     from goodfit.regularizers.drop_path import DropPath as DropPath
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
     from goodfit.regularizers.gradient_noise import GradientNoise as GradientNoise
     from goodfit.regularizers.group_lasso import GroupLasso as GroupLasso
     from goodfit.regularizers.input_dropout import InputDropout as InputDropout
+    from goodfit.regularizers.input_noise import InputNoise as InputNoise
+    from goodfit.regularizers.label_smoothing import LabelSmoothing as LabelSmoothing
+    from goodfit.regularizers.mixing import CutMix as CutMix, MixUp as MixUp
     from goodfit.regularizers.orthogonal import Orthogonal as Orthogonal
     from goodfit.regularizers.sharpness import FGSM as FGSM, SAM as SAM
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
