@@ -52,7 +52,10 @@ if TYPE_CHECKING:
     from goodfit.regularizers.gaussian_dropout import GaussianDropout as GaussianDropout
     from goodfit.regularizers.group_lasso import GroupLasso as GroupLasso
     from goodfit.regularizers.input_dropout import InputDropout as InputDropout
+    from goodfit.regularizers.shake_drop import ShakeDrop as ShakeDrop
+    from goodfit.regularizers.shake_shake import ShakeShake as ShakeShake
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
+    from goodfit.regularizers.skip_connections import SkipConnections as SkipConnections
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet
     from goodfit.run import Run as Run
     from goodfit.sampling.dropping import mc_dropout as mc_dropout

@@ -31,9 +31,8 @@ def norm_places(model: nn.Module, example: Any, *, at_branch_ends: bool) -> list
     for call in calls:
         if isinstance(call.module, nn.Linear | nn.Bilinear | _ConvNd):
             uses.setdefault(call.name, []).append(call)
-    ends = (
-        Counter(r.straight[0] for r in residuals(model, example) if r.module is not None) if at_branch_ends else Counter[str]()
-    )
+    found = [r for r in residuals(model, example) if r.module is not None] if at_branch_ends else []
+    ends = Counter(r.straight[0].removesuffix(".skip.branch") for r in found)  # of a skip connection that hangs at the layer
     places = []
     for name, used in uses.items():
         module, shape = used[0].module, used[0].output.shape
