@@ -54,8 +54,11 @@ def plain_blocks(calls: list[Call], layers: int) -> list[Block]:
 def _branch(start: Call, layers: int) -> list[Call]:
     """The calls of a branch that begins here, and the activation behind it; empty where there is none."""
     branch, count = [start], 1
-    while isinstance(start.module, _LAYERS) and count <= layers and len(branch[-1].feeds) == 1:
-        following = branch[-1].feeds[0]
+    while isinstance(start.module, _LAYERS) and count <= layers:
+        takers = list({id(c.output): c for c in branch[-1].feeds}.values())  # a norm is a function first, then its module
+        if len(takers) != 1:
+            return []
+        following = takers[0]
         branch.append(following)
         if following.kind == "kernel":
             count = count + 1 if isinstance(following.module, _LAYERS) else layers + 1
