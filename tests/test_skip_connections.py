@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from goodfit import (
     BatchNorm,
-    DropPath,
     Dropout,
+    DropPath,
     EarlyStopping,
     GoodfitError,
     GoodfitWarning,
@@ -42,7 +42,7 @@ def mlp(depth: int = 5, act: Callable[[], nn.Module] = nn.ReLU, width: int = 8) 
 
 def called(depth: int, shared: bool = False) -> nn.Module:
     """The same with activations that are functions, or one module for all."""
-    layers = {f"l{i}": nn.Linear(8, 8) for i in range(depth)} | {"head": nn.Linear(8, 1)} 
+    layers = {f"l{i}": nn.Linear(8, 8) for i in range(depth)} | {"head": nn.Linear(8, 1)}
     layers |= {"relu": nn.ReLU()} if shared else {}
 
     def run(m: Any, x: Tensor) -> Tensor:
@@ -130,7 +130,9 @@ def test_a_batch_norm_is_in_the_branch_in_either_order(net: Callable[[], nn.Modu
         torch.testing.assert_close(model.eval()(ROWS), skipped, rtol=1e-9, atol=1e-9)
     else:
         assert gammas == [1, 1, float(not norm.zero_residual)] + [1, float(not norm.zero_residual)]
-    expected = by_hand([Net(lambda m, x: m.n(F.linear(x, m.l.weight, m.l.bias)), l=m, n=m.batchnorm) for m in linears[:-1]], ROWS)
+    expected = by_hand(
+        [Net(lambda m, x: m.n(F.linear(x, m.l.weight, m.l.bias)), l=m, n=m.batchnorm) for m in linears[:-1]], ROWS
+    )
     torch.testing.assert_close(model(ROWS), linears[-1](expected), rtol=1e-12, atol=1e-12)
     if not norm.calibrate and not norm.zero_residual:
         other = net()

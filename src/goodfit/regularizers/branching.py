@@ -68,8 +68,8 @@ class Branching(Build):
         for b in chosen:
             if b.number and b.module is not None and not self.knows(b.module):
                 raise GoodfitError(
-                    f"{type(self).__name__} finds {type(b.module).__name__} at {b.name}, and a branch takes one of them: leave one "
-                    "out, or keep them apart by where."
+                    f"{type(self).__name__} finds {type(b.module).__name__} at {b.name}, and a branch takes one of them: leave "
+                    "one out, or keep them apart by where."
                 )
 
     def _share(self, branch: Branch, blocks: int) -> float:
@@ -77,8 +77,8 @@ class Branching(Build):
             return 1.0
         if max(branch.depths) - min(branch.depths) >= len(branch.depths):
             raise GoodfitError(
-                f"{type(self).__name__} cannot give {branch.name} a rate by its depth, since it runs in blocks {listed(branch.depths, 5)}: "
-                "say linear=False for one rate."
+                f"{type(self).__name__} cannot give {branch.name} a rate by its depth, since it runs in blocks "
+                f"{listed(branch.depths, 5)}: say linear=False for one rate."
             )
         return max(branch.depths) / blocks
 

@@ -19,8 +19,8 @@ __all__ = ["ShakeDrop"]
 class ShakeDrop(Branching):
     """Shake-Drop: in training the branch of a residual block is, with probability p, shrunk or turned over at random.
 
-    Formula: y = x + (b + α − b · α) · f(x) with b ~ Bernoulli(1 − p_l) and α ~ U(−1, 1) in the forward pass of training, each one
-        per row; in backward β ~ U(0, 1) stands in the place of α. y = x + (1 − p_l) · f(x) in eval, which is the mean. With
+    Formula: y = x + (b + α − b · α) · f(x) with b ~ Bernoulli(1 − p_l) and α ~ U(−1, 1) in the forward pass of training, each
+        one per row; in backward β ~ U(0, 1) stands in the place of α. y = x + (1 − p_l) · f(x) in eval, which is the mean. With
         linear, p_l = p · l / L for the l-th of L residual additions in the order of the forward run, as in the paper; else p.
     Phase: Build. A layer is inserted behind the module that hands over the branch f(x), found as for DropPath, those of
         SkipConnections included. where picks branches by the name of that module; l and L count all. Shapes of tensors and

@@ -60,7 +60,7 @@ class ShakeShake(Build):
         chosen = {name: m for name, m in there.items() if self.where.holds(places[name], "place")}
         if not chosen:
             raise GoodfitError(f"ShakeShake matched no branch (where={self.where}); {kind} has: {listed(places.values())}.")
-        single = {name: m.branch for name, m in chosen.items() if not m.doubled}
+        single: dict[str, nn.Module] = {name: m.branch for name, m in chosen.items() if not m.doubled}
         axes = row_axes(model, example, single)
         for name in single:
             if name not in axes:

@@ -25,8 +25,8 @@ class SkipConnections(Build):
 
     Formula: y = act(x + f(x)), where f is what was there between x and the activation: with layers=2, layer, norm, activation,
         layer, norm. In train mode and in eval mode.
-    Phase: Build, true structure without weights; state_dict keys stay. Blocks are found in the order of the forward run: so many
-        linear or convolution layers in a row, each on the very output of the one before, whose input and output have one shape;
+    Phase: Build, true structure without weights; state_dict keys stay. Blocks are found in the order of the forward run: so
+        many linear or convolution layers in a row, each on the very output of the one before, whose input and output have one shape;
         never from the model's input, never around its last layer, never at a gate. The sum stands behind the norm of the last
         layer and before its activation; a BatchNorm of the cocktail comes into the branch, before or behind SkipConnections.
         Each sum has a module, `skip.branch`, that hands the branch over: DropPath, ShakeDrop and ShakeShake find it.
@@ -56,8 +56,8 @@ class SkipConnections(Build):
             other = next((m.layers for m in there.values() if m.layers != self.layers), self.layers)
             if other != self.layers:
                 warnings.warn(
-                    f"SkipConnections leaves those that it put in before as they are, around {other} layers and not {self.layers}: "
-                    "build a fresh model.",
+                    f"SkipConnections leaves those that it put in before as they are, around {other} layers and not "
+                    f"{self.layers}: build a fresh model.",
                     GoodfitWarning,
                     stacklevel=2,
                 )
@@ -70,8 +70,8 @@ class SkipConnections(Build):
         if not blocks:
             fewer = next((n for n in range(self.layers - 1, 0, -1) if plain_blocks(calls, n)), None)
             raise GoodfitError(
-                f"SkipConnections found no {self.layers} linear or convolution layers in a row in {kind} whose input and output "
-                "have one shape, with a layer before them and an activation behind them; "
+                f"SkipConnections found no {self.layers} linear or convolution layers in a row in {kind} whose input and "
+                "output have one shape, with a layer before them and an activation behind them; "
                 + (f"say layers={fewer}." if fewer else "leave them out of the cocktail.")
             )
         for block in blocks:

@@ -19,6 +19,7 @@ from goodfit.layers.spectral import SpectralNormed
 from goodfit.phases import Build, Regularizer
 from goodfit.surgery.insert import refuse_wrappers
 from goodfit.surgery.refusals import refuse_lazy
+from goodfit.surgery.running import evaluating
 from goodfit.where import Where, kernels
 
 __all__ = ["SpectralNorm"]
@@ -28,26 +29,27 @@ __all__ = ["SpectralNorm"]
 class SpectralNorm(Build):
     """Spectral normalization: each weight is divided by its largest singular value.
 
-    Formula: w / σ(w), with w as the matrix of output units by all else; σ = uᵀ w v, where u ← w v / ‖w v‖ and then
-        v ← wᵀ u / ‖wᵀ u‖, so many times whenever the weight is read in train mode; in eval u and v rest.
-    Phase: Build, true structure, by torch's parametrization. What is trained is w, whose name becomes
-        parametrizations.weight.original (0.weight is 0.parametrizations.weight.original), and so do the keys of the
-        state_dict, which torch's spectral_norm reads; u and v are buffers beside it. Weights of a plain model are loaded before
-        building. torch.nn.utils.parametrize.remove_parametrizations gives a plain model back. where picks weights. What acts on
-        kernels acts on w: since w / σ(w) does not change with the length of w, L2 and WeightDecay on it do not shrink the
-        function, they keep w short and so raise the effective learning rate. L1 is refused there. A batch norm behind the
-        layer undoes it. Activation checkpointing reads weights twice, and so iterates twice, as torch's does.
-    Numbers: iterations, power iterations per reading in train mode, an integer >= 1; 15 at the start. No off value.
-    Errors: iterations < 1; no weight that where picks; a weight of one axis, one that is zero, tied, inside a recurrent layer,
-        parametrized otherwise or masked by DropConnect; lazy layers; a bare leaf, a DDP or compiled wrapper. What is normed
-        already stays as it is. Such a model is saved by its state_dict, since torch pickles no parametrized modules.
-    Source: Miyato et al. 2018, Spectral normalization for generative adversarial networks, arXiv 1802.05957.
+        Formula: w / σ(w), with w as the matrix of output units by all else; σ = uᵀ w v, where u ← w v / ‖w v‖ and then
+            v ← wᵀ u / ‖wᵀ u‖, so many times whenever the weight is read in train mode; in eval u and v rest.
+        Phase: Build, true structure, by torch's parametrization. What is trained is w, whose name becomes
+            parametrizations.weight.original (0.weight is 0.parametrizations.weight.original), and so do the keys of the
+            state_dict, which torch's spectral_norm reads; u and v are buffers beside it. Weights of a plain model are loaded before
+            building. torch.nn.utils.parametrize.remove_parametrizations gives a plain model back. where picks weights. What acts on
+            kernels acts on w: since w / σ(w) does not change with the length of w, L2 and WeightDecay on it do not shrink the
+            function, they keep w short and so raise the effective learning rate. L1 is refused there. A batch norm behind the
+            layer undoes it. Activation checkpointing reads weights twice, and so iterates twice, as torch's does.
+        Numbers: iterations, power iterations per reading in train mode, an integer >= 1; 15 at the start. No off value.
+        Errors: iterations < 1; no weight that where picks; a weight of one axis, one that is zero, tied, inside a recurrent layer,
+            parametrized otherwise or masked by DropConnect; lazy layers; a bare leaf, a DDP or compiled wrapper. What is normed
+            already stays as it is. Such a model is saved by its state_dict, since torch pickles no parametrized modules.
+        Source: Miyato et al. 2018, Spectral normalization for generative adversarial networks, arXiv 1802.05957.
 
-    >>> from goodfit.where import named
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> model = SpectralNorm(where=named("0.*") & kernels).build(model, torch.zeros(2, 4))
-    >>> [name for name, _ in model.named_parameters()]
-    ['0.bias', '0.parametrizations.weight.original', '2.weight', '2.bias']
+        >>> from goodfit.surgery.running import evaluating
+    from goodfit.where import named
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> model = SpectralNorm(where=named("0.*") & kernels).build(model, torch.zeros(2, 4))
+        >>> [name for name, _ in model.named_parameters()]
+        ['0.bias', '0.parametrizations.weight.original', '2.weight', '2.bias']
     """
 
     where: Where = kernels
@@ -80,7 +82,9 @@ class SpectralNorm(Build):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)  # where u and v start
             norm = SpectralNormed(weight.detach(), self.iterations, dim)
-        register_parametrization(owner, local, norm.train(owner.training))
+        with evaluating(owner):  # torch reads the weight, which in train mode would iterate
+            register_parametrization(owner, local, norm)
+        norm.train(owner.training)
 
 
 def _normed(model: nn.Module, path: str) -> bool:

@@ -52,7 +52,7 @@ def insert_after(host: nn.Module, name: str, layer: nn.Module) -> None:
     host.register_forward_hook(_After(name))
     for key, hook in list(host._forward_hooks.items()):
         if isinstance(hook, _After) and isinstance(host.get_submodule(hook.name), Skip):
-            host._forward_hooks.move_to_end(key)
+            host._forward_hooks[key] = host._forward_hooks.pop(key)
 
 
 def insert_before(host: nn.Module, name: str, layer: nn.Module) -> None:

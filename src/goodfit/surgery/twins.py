@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -81,10 +82,10 @@ def _branch(ran: list[_Unit], name: str, skip: nn.Module) -> list[_Unit]:
     first = next(i for i, ms in enumerate(held) if any(isinstance(m, SkipStart) and m.carried is skip.carried for m in ms))
     last = next(i for i, ms in enumerate(held) if any(m is skip for m in ms))
     chain = ran[first : last + 1]
-    if any(before.output is not behind.source for before, behind in zip(chain, chain[1:], strict=False)):
+    if any(before.output is not behind.source for before, behind in pairwise(chain)):
         raise GoodfitError(
-            f"ShakeShake copies branches of modules alone, but on the way to {name} a function acts: write it as a module, such "
-            "as nn.ReLU()."
+            f"ShakeShake copies branches of modules alone, but on the way to {name} a function acts: write it as a module, "
+            "such as nn.ReLU()."
         )
     return chain if skip.after else chain[:-1]
 
