@@ -246,7 +246,7 @@ def test_rows_that_do_not_show_are_refused_and_so_is_a_schedule() -> None:
     model = Net(lambda m, x: m.body(x.flatten(0, 1)), body=mlp())
     with pytest.raises(GoodfitError, match=r"cannot tell the rows of body\.5\.skip\.branch in Net"):
         Run(BOTH, model, example=torch.randn(3, 5, 8))
-    with pytest.raises(GoodfitError, match="ShakeDrop.p is fixed before training starts"):
+    with pytest.raises(GoodfitError, match=r"ShakeDrop\.p is fixed before training starts"):
         ShakeDrop(gf.schedules.linear(0.0, 0.5, steps=3))
     model = built((SkipConnections(), DropPath(0.2, where=named("5.*")), ShakeDrop(0.2, where=named("9.*"))), mlp(5))
     assert (model[5].skip.branch.drop_path.p, model[9].skip.branch.shake_drop.p) == (0.1, 0.2)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -102,7 +103,7 @@ def test_one_layer_is_a_branch_by_hand() -> None:
 
 def test_widths_that_change_and_pooling_are_gone_around() -> None:
     widths = (8, 8, 6, 6, 6, 4, 4)
-    layers = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.Tanh())]
+    layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.Tanh())]
     assert hosts(SkipConnections().build(nn.Sequential(*layers, nn.Linear(4, 1)).double(), ROWS)) == ["7"]
     conv = lambda i, o: (nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))  # noqa: E731
     cnn = nn.Sequential(*conv(3, 4), *conv(4, 4), *conv(4, 4), nn.MaxPool2d(2), *conv(4, 4), *conv(4, 4), nn.Flatten())
@@ -129,10 +130,9 @@ def test_a_batch_norm_is_in_the_branch_in_either_order(net: Callable[[], nn.Modu
     if norm.calibrate:
         torch.testing.assert_close(model.eval()(ROWS), skipped, rtol=1e-9, atol=1e-9)
     else:
-        assert gammas == [1, 1, float(not norm.zero_residual)] + [1, float(not norm.zero_residual)]
-    expected = by_hand(
-        [Net(lambda m, x: m.n(F.linear(x, m.l.weight, m.l.bias)), l=m, n=m.batchnorm) for m in linears[:-1]], ROWS
-    )
+        assert gammas == [1, 1, float(not norm.zero_residual), 1, float(not norm.zero_residual)]
+    layers = [Net(lambda m, x: m.n(F.linear(x, m.l.weight, m.l.bias)), l=m, n=m.batchnorm) for m in linears[:-1]]
+    expected = by_hand(layers, ROWS)
     torch.testing.assert_close(model(ROWS), linears[-1](expected), rtol=1e-12, atol=1e-12)
     if not norm.calibrate and not norm.zero_residual:
         other = net()

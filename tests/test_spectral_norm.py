@@ -207,7 +207,7 @@ def test_a_later_run_keeps_it_and_what_cannot_act_on_it_says_so() -> None:
     state = list(model.state_dict())
     SpectralNorm(iterations=3).build(model, ROWS)
     assert list(model.state_dict()) == state
-    with pytest.raises(GoodfitError, match="L1 makes zeros, but 0.parametrizations.weight.original is divided"):
+    with pytest.raises(GoodfitError, match=r"L1 makes zeros, but 0\.parametrizations\.weight\.original is divided"):
         Run(L1(0.1), model, example=ROWS)
     with pytest.raises(GoodfitError, match="is parametrized"):
         Run(DropConnect(0.1), model, example=ROWS)
@@ -226,7 +226,7 @@ def test_it_stands_beside_the_other_structure() -> None:
     model = mlp(3)
     Run((BatchNorm(), SpectralNorm()), model, example=ROWS)
     before = settled(model).eval()(ROWS).detach()
-    assert shrink(model, ROWS).removed == {} or True
+    shrink(model, ROWS)
     torch.testing.assert_close(model(ROWS), before, rtol=1e-10, atol=1e-10)
 
 

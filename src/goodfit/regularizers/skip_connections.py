@@ -26,10 +26,11 @@ class SkipConnections(Build):
     Formula: y = act(x + f(x)), where f is what was there between x and the activation: with layers=2, layer, norm, activation,
         layer, norm. In train mode and in eval mode.
     Phase: Build, true structure without weights; state_dict keys stay. Blocks are found in the order of the forward run: so
-        many linear or convolution layers in a row, each on the very output of the one before, whose input and output have one shape;
-        never from the model's input, never around its last layer, never at a gate. The sum stands behind the norm of the last
-        layer and before its activation; a BatchNorm of the cocktail comes into the branch, before or behind SkipConnections.
-        Each sum has a module, `skip.branch`, that hands the branch over: DropPath, ShakeDrop and ShakeShake find it.
+        many linear or convolution layers in a row, each on the very output of the one before, whose input and output have one
+        shape; never from the model's input, never around its last layer, never at a gate. The sum stands behind the norm of the
+        last layer and before its activation; a BatchNorm of the cocktail comes into the branch, before or behind
+        SkipConnections. Each sum has a module, `skip.branch`, that hands the branch over: DropPath, ShakeDrop and ShakeShake
+        find it.
     Numbers: layers, linear or convolution layers of a branch, an integer >= 1; with 1 the paper saw no gain. No off value.
     Errors: layers < 1; a model without such a block, or that adds residually already; a bare leaf, a DDP or compiled wrapper;
         at training, a checkpoint that begins or ends within a block. A model that has been built before keeps its skip

@@ -32,17 +32,17 @@ class SpectralNorm(Build):
         Formula: w / σ(w), with w as the matrix of output units by all else; σ = uᵀ w v, where u ← w v / ‖w v‖ and then
             v ← wᵀ u / ‖wᵀ u‖, so many times whenever the weight is read in train mode; in eval u and v rest.
         Phase: Build, true structure, by torch's parametrization. What is trained is w, whose name becomes
-            parametrizations.weight.original (0.weight is 0.parametrizations.weight.original), and so do the keys of the
-            state_dict, which torch's spectral_norm reads; u and v are buffers beside it. Weights of a plain model are loaded before
-            building. torch.nn.utils.parametrize.remove_parametrizations gives a plain model back. where picks weights. What acts on
-            kernels acts on w: since w / σ(w) does not change with the length of w, L2 and WeightDecay on it do not shrink the
-            function, they keep w short and so raise the effective learning rate. L1 is refused there. A batch norm behind the
-            layer undoes it. Activation checkpointing reads weights twice, and so iterates twice, as torch's does.
-        Numbers: iterations, power iterations per reading in train mode, an integer >= 1; 15 at the start. No off value.
-        Errors: iterations < 1; no weight that where picks; a weight of one axis, one that is zero, tied, inside a recurrent layer,
-            parametrized otherwise or masked by DropConnect; lazy layers; a bare leaf, a DDP or compiled wrapper. What is normed
-            already stays as it is. Such a model is saved by its state_dict, since torch pickles no parametrized modules.
-        Source: Miyato et al. 2018, Spectral normalization for generative adversarial networks, arXiv 1802.05957.
+        parametrizations.weight.original (0.weight is 0.parametrizations.weight.original), and so do the keys of the
+        state_dict, which torch's spectral_norm reads; u and v are buffers beside it. Weights of a plain model are loaded
+        before building; torch.nn.utils.parametrize.remove_parametrizations gives a plain model back. where picks weights. What
+        acts on kernels acts on w: since w / σ(w) does not change with the length of w, L2 and WeightDecay on it do not shrink
+        the function, they keep w short and so raise the effective learning rate. L1 is refused there. A batch norm behind the
+        layer undoes it. Activation checkpointing reads weights twice, and so iterates twice, as torch's does.
+    Numbers: iterations, power iterations per reading in train mode, an integer >= 1; 15 at the start. No off value.
+    Errors: iterations < 1; no weight that where picks; a weight of one axis, one that is zero, tied, inside a recurrent
+        layer, parametrized otherwise or masked by DropConnect; lazy layers; a bare leaf, a DDP or compiled wrapper. What is
+        normed already stays as it is. Such a model is saved by its state_dict, since torch pickles no parametrized modules.
+    Source: Miyato et al. 2018, Spectral normalization for generative adversarial networks, arXiv 1802.05957.
 
         >>> from goodfit.surgery.running import evaluating
     from goodfit.where import named
