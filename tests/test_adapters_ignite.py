@@ -43,7 +43,6 @@ from plain import (
     whole_loss,
 )
 from together import in_two_processes
-from toys import Blur
 
 loop = partial(plain, score=whole_loss)
 
@@ -109,7 +108,7 @@ def test_the_weights_and_the_stop_are_those_of_the_plain_loop() -> None:
 
 
 def test_batch_and_loss_regularizers_act_in_the_update() -> None:
-    cocktail = gf.Cocktail(Blur(0.5), gf.Flooding(0.3), *COCKTAIL)
+    cocktail = gf.Cocktail(gf.InputNoise(0.5), gf.Flooding(0.3), *COCKTAIL)
     model, _, scores = loop(cocktail, by_run=True)
     host = Host(cocktail, by_run=True).fit()
     assert host.scores == scores
@@ -124,7 +123,7 @@ def test_a_second_gradient_is_had_by_run_loss_and_refused_by_name_without() -> N
         Host(gf.SAM(0.1)).fit(1)
 
 
-@pytest.mark.parametrize("toy", [Blur(0.1), gf.Flooding(0.1)])
+@pytest.mark.parametrize("toy", [gf.InputNoise(0.1), gf.Flooding(0.1)])
 def test_what_the_update_does_not_call_is_refused_with_the_line_to_add(toy: Any) -> None:
     with pytest.raises(gf.GoodfitError, match=r"which was not called; add: "):
         Host((gf.L2(0.1), toy)).fit(1)

@@ -33,7 +33,6 @@ from plain import (
     valid_loss,
     validation,
 )
-from toys import Blur
 
 lightning = pytest.importorskip("pytorch_lightning")
 from goodfit.adapters.lightning import Regularization  # noqa: E402
@@ -135,7 +134,7 @@ def test_a_metric_to_maximize() -> None:
 
 
 def test_what_acts_on_batch_and_loss_acts_in_the_step_of_the_module() -> None:
-    cocktail = [*COCKTAIL, Blur(0.3), gf.Flooding(0.05)]
+    cocktail = [*COCKTAIL, gf.InputNoise(0.3), gf.Flooding(0.05)]
     model, _, scores = plain(cocktail, by_run=True)
     ours = regularization(cocktail)
     module = InRun(ours)
@@ -547,7 +546,7 @@ def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("cocktail", "settings", "reason"),
     [
-        ([Blur(0.1)], {}, r"Blur acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
+        ([gf.InputNoise(0.1)], {}, r"InputNoise acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
         ([gf.Flooding(0.1)], {}, r"Flooding acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
         (
             [gf.ClipNorm(0.5)],

@@ -50,7 +50,6 @@ from plain import (
     same,
     whole_loss,
 )
-from toys import Blur
 
 loop = partial(plain, score=whole_loss)
 
@@ -117,7 +116,7 @@ def test_the_weights_and_the_stop_are_those_of_the_plain_loop(capsys: pytest.Cap
 
 
 def test_batch_and_loss_regularizers_act_in_the_step() -> None:
-    cocktail = gf.Cocktail(Blur(0.5), gf.Flooding(0.3), *COCKTAIL)
+    cocktail = gf.Cocktail(gf.InputNoise(0.5), gf.Flooding(0.3), *COCKTAIL)
     model, _, scores = loop(cocktail, by_run=True)
     net = host(cocktail, kind=ByRun).fit(X, Y)
     assert net.history[:, "valid_loss"] == scores
@@ -125,7 +124,7 @@ def test_batch_and_loss_regularizers_act_in_the_step() -> None:
     assert not same(model, loop()[0])
 
 
-@pytest.mark.parametrize("toy", [Blur(0.1), gf.Flooding(0.1)])
+@pytest.mark.parametrize("toy", [gf.InputNoise(0.1), gf.Flooding(0.1)])
 def test_what_the_step_does_not_call_is_refused_with_the_line_to_add(toy: Any) -> None:
     with pytest.raises(gf.GoodfitError, match=r"which was not called; add: "):
         host((gf.L2(0.1), toy)).fit(X, Y)

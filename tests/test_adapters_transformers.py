@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from plain import AVERAGED, COCKTAIL, REST, SEED, STOP, XV, YV, X, Y, adam, loader, net, patience, plain, same, valid_loss
-from toys import Blur
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -150,7 +149,7 @@ def test_a_metric_to_maximize(tmp_path: Any) -> None:
 
 
 def test_what_acts_on_batch_and_loss_acts_in_compute_loss(tmp_path: Any) -> None:
-    cocktail = [*COCKTAIL, Blur(0.3), gf.Flooding(0.05)]
+    cocktail = [*COCKTAIL, gf.InputNoise(0.3), gf.Flooding(0.05)]
     model, _, scores = plain(cocktail, by_run=True)
     hosted = Model()
     assert train(hosted, regularization(cocktail), folder=tmp_path, kind=InRun).state.epoch == len(scores)
@@ -515,7 +514,7 @@ def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
             r"EarlyStopping\(3\) restores the best weights, and so does load_best_model_at_end=True",
         ),
         ("L2(0.1)", {"auto_find_batch_size": True}, r"auto_find_batch_size=True begins train\(\) anew on weights that have"),
-        ([Blur(0.1)], {}, r"Blur acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
+        ([gf.InputNoise(0.1)], {}, r"InputNoise acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
         ([gf.Flooding(0.1)], {}, r"Flooding acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
         ([gf.SAM(0.1)], {}, r"SAM needs a second gradient, which takes one run\.loss\(x, y\) per step \(seen: 0\)"),
     ],

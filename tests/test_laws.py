@@ -25,6 +25,9 @@ from goodfit.regularizers.attention_dropout import AttentionDropout
 from goodfit.regularizers.confidence_penalty import ConfidencePenalty
 from goodfit.regularizers.drop_path import DropPath
 from goodfit.regularizers.label_smoothing import LabelSmoothing
+from goodfit.regularizers.shake_drop import ShakeDrop
+from goodfit.regularizers.shake_shake import ShakeShake
+from goodfit.regularizers.skip_connections import SkipConnections
 from goodfit.run import Run
 from toys import TOYS
 
@@ -54,7 +57,11 @@ class Attention(nn.Module):
 def net(kind: type[Regularizer] = Build) -> nn.Module:
     """A model with a place for a kind of regularizer."""
     torch.manual_seed(3)
-    if kind is DropPath:
+    if kind in (SkipConnections, ShakeShake):
+        plain = nn.Sequential(nn.Linear(3, 8), *(m() for _ in range(2) for m in (nn.Tanh, lambda: nn.Linear(8, 8))), nn.Tanh())
+        plain.append(nn.Linear(8, 1)).double()
+        return plain if kind is SkipConnections else SkipConnections().build(plain, X)
+    if kind in (DropPath, ShakeDrop):
         return nn.Sequential(nn.Linear(3, 8), Residual(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 1)).double()
     if kind is AttentionDropout:
         return nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (4, 2)), Attention(), nn.Flatten(), nn.Linear(8, 1)).double()

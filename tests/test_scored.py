@@ -23,7 +23,6 @@ from goodfit.loop import evaluate, mean_and_stderr
 from goodfit.losses import loss_of, rowwise
 from goodfit.order import Order
 from goodfit.stop import Budget, Divergence, Evidence, Patience, Reason
-from toys import Blur
 
 X = torch.rand(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 Y = X.sum(1).sin() + 0.1
@@ -471,8 +470,8 @@ def test_a_file_keeps_what_memory_would(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["steps", "epochs"])
 @pytest.mark.parametrize("wrap", [lambda *pair: pair, TensorDataset, Pairs], ids=["tensors", "TensorDataset", "Dataset"])
 def test_a_refit_is_a_fit_on_all_rows_for_the_number_found(how: str, wrap: Any) -> None:
-    found = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), Blur(0.1), Dropout(0.2)), epochs=40, refit=how)
-    alone = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), Blur(0.1), Dropout(0.2)), epochs=40)
+    found = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), gf.InputNoise(0.1), Dropout(0.2)), epochs=40, refit=how)
+    alone = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), gf.InputNoise(0.1), Dropout(0.2)), epochs=40)
     assert same(found.validated.state_dict(), alone.model.state_dict())
     assert (found.score, found.history[-1]["step"]) == (alone.score, alone.history[-1]["step"])
     assert found.score == pytest.approx(scored(found.validated), rel=1e-12)
@@ -480,7 +479,7 @@ def test_a_refit_is_a_fit_on_all_rows_for_the_number_found(how: str, wrap: Any) 
     steps = enough if how == "steps" else enough // 4 * 5
     assert f"for the {enough // 4 if how == 'epochs' else enough} {how} of the kept weights" in found.refit
     model = net()
-    run = Run(Cocktail(EarlyStopping(math.inf), Blur(0.1), Dropout(0.2)), model, example=X[:8], task="numbers")
+    run = Run(Cocktail(EarlyStopping(math.inf), gf.InputNoise(0.1), Dropout(0.2)), model, example=X[:8], task="numbers")
     optimizer, order, done = SGD(model.parameters()), Order(40, 8, shuffle=True), 0
     while done < steps:
         for rows in order:
