@@ -29,9 +29,9 @@ __all__ = ["SpectralNorm"]
 class SpectralNorm(Build):
     """Spectral normalization: each weight is divided by its largest singular value.
 
-        Formula: w / σ(w), with w as the matrix of output units by all else; σ = uᵀ w v, where u ← w v / ‖w v‖ and then
-            v ← wᵀ u / ‖wᵀ u‖, so many times whenever the weight is read in train mode; in eval u and v rest.
-        Phase: Build, true structure, by torch's parametrization. What is trained is w, whose name becomes
+    Formula: w / σ(w), with w as the matrix of output units by all else; σ = uᵀ w v, where u ← w v / ‖w v‖ and then
+        v ← wᵀ u / ‖wᵀ u‖, so many times whenever the weight is read in train mode; in eval u and v rest.
+    Phase: Build, true structure, by torch's parametrization. What is trained is w, whose name becomes
         parametrizations.weight.original (0.weight is 0.parametrizations.weight.original), and so do the keys of the
         state_dict, which torch's spectral_norm reads; u and v are buffers beside it. Weights of a plain model are loaded
         before building; torch.nn.utils.parametrize.remove_parametrizations gives a plain model back. where picks weights. What
@@ -44,12 +44,11 @@ class SpectralNorm(Build):
         normed already stays as it is. Such a model is saved by its state_dict, since torch pickles no parametrized modules.
     Source: Miyato et al. 2018, Spectral normalization for generative adversarial networks, arXiv 1802.05957.
 
-        >>> from goodfit.surgery.running import evaluating
-    from goodfit.where import named
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-        >>> model = SpectralNorm(where=named("0.*") & kernels).build(model, torch.zeros(2, 4))
-        >>> [name for name, _ in model.named_parameters()]
-        ['0.bias', '0.parametrizations.weight.original', '2.weight', '2.bias']
+    >>> from goodfit.where import named
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> model = SpectralNorm(where=named("0.*") & kernels).build(model, torch.zeros(2, 4))
+    >>> [name for name, _ in model.named_parameters()]
+    ['0.bias', '0.parametrizations.weight.original', '2.weight', '2.bias']
     """
 
     where: Where = kernels
