@@ -60,7 +60,7 @@ class Beside:
         for key, one in self.plan.of(Gradient):
             grads = {n: _grad(p, n) for n, p in live.items()}
             weights = {n: p.detach() for n, p in live.items()}
-            again, noise = self._again(live, climbing, redo), Noise(self.plan.seed, key, self.plan.clock.step)
+            again, noise = self._again(live, climbing, redo), Noise(self.plan.seed, self.plan.names[key], self.plan.clock.step)
             grads, self.plan.states[key] = one.gradient(grads, weights, self.plan.states[key], again, noise)
             for name, new in grads.items():
                 _grad(live[name], name).copy_(new)

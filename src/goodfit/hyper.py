@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from goodfit.errors import GoodfitError
 from goodfit.schedules.schedule import Schedule
 
-__all__ = ["Hyper", "hyper", "hypers", "lifted", "plain", "validate"]
+__all__ = ["Hyper", "hyper", "hypers", "lifted", "plain", "structure", "validate"]
 
 S = TypeVar("S")
 
@@ -84,6 +84,11 @@ def hypers(spec: Any) -> Iterator[tuple[str, Hyper]]:
     for f in fields(spec):
         if "hyper" in f.metadata:
             yield f.name, f.metadata["hyper"]
+
+
+def structure(spec: Any) -> tuple[Any, ...]:
+    """What a regularizer is beside its numbers: its class, and its other fields."""
+    return (type(spec), *(getattr(spec, f.name) for f in fields(spec) if "hyper" not in f.metadata))
 
 
 def validate(spec: Any) -> None:

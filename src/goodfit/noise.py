@@ -102,7 +102,7 @@ class Noisy:
         """Take name, seed and time from a run."""
         self.name, self.clock, self.rank = name, clock, rank
         self.seed.fill_(seed)
-        self._begin((-1, 0))
+        self.forget()
 
     @contextmanager
     def aside(self, name: str, seed: int, clock: Clock) -> Iterator[None]:
@@ -120,6 +120,10 @@ class Noisy:
         """Float32 numbers in [0, 1), new ones at each call of a step; beside a compiled graph, which would hold one step's."""
         salt = Noise(0, self.name, self.clock.step, self._call(), self.rank).salt
         return _uniform_of(words(self.seed, salt, shape, device))
+
+    def forget(self) -> None:
+        """Go on as if nothing had been drawn in this step."""
+        self._begin((-1, 0))
 
     def _begin(self, now: tuple[int, int]) -> None:
         """At this time, no draw has been made, none waits for its backward, and none is kept for one."""

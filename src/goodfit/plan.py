@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -10,19 +12,21 @@ from torch import Tensor, nn
 
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, listed
+from goodfit.hyper import structure
 from goodfit.noise import Clock, Noisy
 from goodfit.phases import Build, Epoch, Gradient, Penalty, Regularizer, State, Step
 from goodfit.processes import rank
 from goodfit.surgery.snapshot import Snapshot
 from goodfit.tensors import below, matched, tensors_of
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "occurrences"]
 
 
 class Plan:
     """Which regularizer acts on what, and what it remembers.
 
-    active: the regularizers that are switched on, by their key ("0.L2"). chosen: the weights of each. states: its dict.
+    active: the regularizers that are switched on, by their key ("0.L2"). names: those by which they draw.
+    chosen: the weights of each. states: its dict.
     apart: whether the best weights are kept elsewhere than in the state of an Epoch phase.
     """
 
@@ -30,6 +34,7 @@ class Plan:
         self.model, self.seed, self.apart = model, seed, apart
         self.clock = Clock()
         self.active = {f"{i}.{type(r).__name__}": r for i, r in enumerate(cocktail) if not r.off}
+        self.names = {f"{i}.{type(r).__name__}": f"{type(r).__name__}.{n}" for i, (r, n) in enumerate(occurrences(cocktail))}
         _refuse_lost([one for one in self.active.values() if isinstance(one, Gradient)])
         for one in self.active.values():
             one.at(0)  # a schedule in epochs is refused here, not at the first step
@@ -150,6 +155,15 @@ class Plan:
         self.clock.step = int(new["step"])
         self._bind()
         self._tune()
+
+
+def occurrences(cocktail: Cocktail) -> Iterator[tuple[Regularizer, int]]:
+    """Each regularizer, and how many of its structure stand before it: it draws the same whatever else is in the cocktail."""
+    seen = Counter[tuple[Any, ...]]()
+    for one in cocktail:
+        kind = structure(one)
+        yield one, seen[kind]
+        seen[kind] += 1
 
 
 def _refuse_lost(acting: list[Gradient]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, optim
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["Formula", "formula_of"]
+__all__ = ["Formula", "adam", "formula_of"]
 
 Group = dict[str, Any]
 Formula = Callable[[Group, dict[str, Any]], tuple[Tensor, Tensor]]
@@ -38,7 +38,8 @@ def _sgd(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return lr * (1 - group["dampening"]) / (1 - m) if m else lr, torch.full_like(lr, torch.inf)
 
 
-def _adam(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def adam(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """That of Adam and of its decoupled forms."""
     lr = _scalar(group["lr"])
     second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
     correction = 1 - group["betas"][1] ** _scalar(state["step"])
@@ -81,9 +82,9 @@ def _adadelta(group: Group, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 _FORMULAS: dict[type[optim.Optimizer], Formula] = {
     optim.SGD: _sgd,
-    optim.Adam: _adam,
-    optim.AdamW: _adam,
-    optim.NAdam: _adam,
+    optim.Adam: adam,
+    optim.AdamW: adam,
+    optim.NAdam: adam,
     optim.RMSprop: _rmsprop,
     optim.Adagrad: _adagrad,
     optim.Adamax: _adamax,

@@ -86,7 +86,7 @@ class Run:
                     f"{type(one).__name__} needs y as probabilities or reals, got {y.dtype} of shape {tuple(y.shape)}; "
                     "for classes: y = torch.nn.functional.one_hot(y, n_classes).to(x.dtype)."
                 )
-            x, y = one.batch(x, y, Noise(self._plan.seed, key, self._plan.clock.step, call, rank()))
+            x, y = one.batch(x, y, Noise(self._plan.seed, self._plan.names[key], self._plan.clock.step, call, rank()))
         self._seen.add("batch")
         return x, y
 

@@ -20,8 +20,16 @@ def watched(x: Any) -> Any:
 
 
 def uphill(x: Any, epsilon: Any) -> Any:
-    """Inputs moved by epsilon along the sign of their gradient; a sign, since it is the same for a scaled loss."""
-    return tree_map(lambda t: t.detach() + epsilon * t.grad.sign() if _real(t) and t.grad is not None else t, x)
+    """Inputs moved by epsilon, one or one for each along the first axis, along the sign of their gradient.
+
+    A sign, since it is the same for a scaled loss.
+    """
+    return tree_map(lambda t: t.detach() + _beside(epsilon, t) * t.grad.sign() if _real(t) and t.grad is not None else t, x)
+
+
+def _beside(epsilon: Any, t: Tensor) -> Any:
+    each = isinstance(epsilon, Tensor) and epsilon.ndim == 1
+    return epsilon.to(t).view(-1, *(1 for _ in t.shape[1:])) if each else epsilon
 
 
 def _watched(t: Any) -> Any:

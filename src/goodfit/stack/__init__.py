@@ -1,0 +1,1 @@
+"""Members of many cocktails, trained together."""

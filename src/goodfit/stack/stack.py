@@ -1,0 +1,231 @@
+"""A stack: many cocktails on many models, trained at once. It answers the calls of a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from goodfit.cocktail import as_cocktail
+from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.losses import loss_of
+from goodfit.processes import world
+from goodfit.run import Run
+from goodfit.stack.apart import Apart
+from goodfit.stack.groups import grouped
+from goodfit.stack.optimizers import MakeOptimizer, Rate
+from goodfit.stack.together import Together
+
+__all__ = ["Stack"]
+
+
+@dataclass(frozen=True)
+class Each:
+    """A batch as each part of a stack sees it. own: whether each member has its own."""
+
+    parts: tuple[Any, ...]
+    own: tuple[bool, ...]
+
+
+class Stack:
+    """K members, each a cocktail on a model, with its own numbers, learning rate, patience and noise.
+
+        stack = Stack(cocktails, models, task="classes", example=x, lr=[1e-3, 3e-3])
+        x, y = stack.batch(x, y)
+        stack.zero_grad()
+        stack.loss(x, y).sum().backward()           # (K,), one loss for each member that goes on
+        stack.gradient(); stack.move(); stack.step()
+        with stack.view(loader):
+            scores = stack.score(valid)
+        if not stack.epoch(scores): break
+        models = stack.finish(loader)
+
+    Member k gives what Run(cocktails[k], models[k]) gives alone. Models of one kind (as their cocktails have built them) lie in
+    one set of tensors and are computed at once; those that cannot be, one after the other. A member that stops leaves.
+
+    cocktails: of the members. models: as many, or one function that makes them. loss, task, example: as for Run. lr: of AdamW,
+    one for all, or one for each, numbers or schedules; optimizer: a function from parameters to another optimizer of torch whose
+    numbers count each by itself. seeds: of the noise, one for all, or one for each.
+    """
+
+    def __init__(
+        self,
+        cocktails: Sequence[Any],
+        models: Sequence[nn.Module] | Callable[[], nn.Module],
+        *,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
+        task: str | None = None,
+        example: Any = None,
+        lr: Rate | Sequence[Rate] = 1e-3,
+        optimizer: MakeOptimizer | None = None,
+        seeds: int | Sequence[int] = 0,
+    ) -> None:
+        mixes = [as_cocktail(one) for one in cocktails]
+        made = [models() for _ in mixes] if callable(models) else list(models)
+        _refuse(mixes, made, optimizer, lr, example)
+        self.models, self.members = made, list(range(len(made)))
+        measure = loss if loss is not None else loss_of(task or "")
+        each = _one_each(seeds, len(made), "seeds")
+        self.runs = [
+            Run(mix, model, loss=measure, example=example, seed=seed)
+            for mix, model, seed in zip(mixes, made, each, strict=True)
+        ]
+        self._measure = measure
+        self._parts = grouped(self.runs, each, _one_each(lr, len(made), "lr"), optimizer, example)
+        for part in self._parts:
+            if isinstance(part.work, Apart) and part.why:
+                told = f"{len(part.members)} members are trained one after the other: {part.why}"
+                warnings.warn(told, GoodfitWarning, stacklevel=2)
+
+    def batch(self, x: Any, y: Any, *, own: bool = False) -> tuple[Each, Each]:
+        """Batch regularizers on one batch, the same for all members; own: or (K, rows, ...), one for each that goes on."""
+        found = [part.work.batch(*self._of(part, x, y, own), own) for part in self._parts]
+        flags = tuple(own for _, _, own in found)
+        return Each(tuple(x for x, _, _ in found), flags), Each(tuple(y for _, y, _ in found), flags)
+
+    def loss(self, x: Any, y: Any) -> Tensor:
+        """The loss of each member that goes on, (K,), without penalties; call `.sum().backward()` on it."""
+        xs, ys = (one if isinstance(one, Each) else self._shared(one) for one in (x, y))
+        found = [part.work.loss(xs.parts[i], ys.parts[i], xs.own[i], ys.own[i]) for i, part in enumerate(self._parts)]
+        return self._joined(found)
+
+    def zero_grad(self) -> None:
+        """No gradients, for all members."""
+        for part in self._parts:
+            part.work.zero_grad()
+
+    def gradient(self) -> None:
+        """Penalties and Gradient regularizers, then decoupled decay: between backward and the step."""
+        for part in self._parts:
+            part.work.before_step()
+
+    def move(self) -> None:
+        """The optimizer's step of all members."""
+        for part in self._parts:
+            part.work.move()
+
+    def step(self) -> None:
+        """Proximal and other steps, behind the optimizer's; then time passes."""
+        for part in self._parts:
+            part.work.after_step()
+
+    def learn(self, x: Any, y: Any, *, own: bool = False) -> Tensor:
+        """All calls of one step: batch, loss, backward, gradient, move, step. The losses, as they were before it."""
+        xs, ys = self.batch(x, y, own=own)
+        self.zero_grad()
+        losses = self.loss(xs, ys)
+        torch.autograd.backward(losses.sum())
+        self.gradient()
+        self.move()
+        self.step()
+        return losses.detach()
+
+    @torch.no_grad()
+    def outputs(self, x: Any) -> Any:
+        """What the members that go on give in eval mode, (K, rows, ...)."""
+        found = [part.work.outputs(x) for part in self._parts]
+        return found[0] if len(found) == 1 else tree_map(lambda *t: self._joined(t), *found)
+
+    @torch.no_grad()
+    def score(self, batches: Iterable[tuple[Any, Tensor]]) -> Tensor:
+        """The mean loss over the rows of all batches, (K,), in eval mode."""
+        total, rows = torch.zeros(len(self.members), dtype=torch.float64), 0
+        for x, y in batches:
+            found = [part.losses_of(x, y, self._measure) for part in self._parts]
+            total += self._joined(found).double().cpu() * len(y)
+            rows += len(y)
+        return total / rows
+
+    @contextmanager
+    def view(self, batches: Any = None) -> Iterator[None]:
+        """The models as a training gives them, to be scored within: averaged ones, with statistics of `batches`."""
+        self._hand_over()
+        with ExitStack() as within:
+            for k in self.members:
+                within.enter_context(self.runs[k].view(batches))
+            yield
+
+    def epoch(self, scores: Any, *, train_loss: Any = None, stderr: Any = None) -> bool:
+        """Tell the validation score of each member that goes on; whether any still does. Those that stop leave."""
+        told = [None if t is None else torch.as_tensor(t).tolist() for t in (scores, train_loss, stderr)]
+        if told[0] is None or any(t is not None and len(t) != len(self.members) for t in told):
+            raise GoodfitError(f"stack.epoch takes one score for each of the {len(self.members)} members that go on.")
+        self._hand_over()
+        going = []
+        for i, k in enumerate(self.members):
+            others = {name: t[i] for name, t in zip(("train_loss", "stderr"), told[1:], strict=True) if t is not None}
+            going.append(self.runs[k].epoch(told[0][i], **others))
+        self._leave([k for k, go_on in zip(self.members, going, strict=True) if not go_on])
+        return bool(self.members)
+
+    def stop(self, members: Iterable[int]) -> None:
+        """Let these members leave, as losers of a search do: they are finished with what they have."""
+        self._hand_over()
+        self._leave(list(members))
+
+    def finish(self, batches: Any = None) -> list[nn.Module]:
+        """The models to keep, all K: averages, then the best that was scored, in place."""
+        self._hand_over()
+        self._leave(list(self.members))
+        for run in self.runs:
+            run.finish(batches)
+        return self.models
+
+    def _leave(self, members: Sequence[int]) -> None:
+        if not members:
+            return
+        gone = set(members)
+        for part in self._parts:
+            rows = [i for i, k in enumerate(part.members) if k not in gone]
+            if len(rows) < len(part.members):
+                part.keep(rows)
+        self._parts = [part for part in self._parts if part.members]
+        self.members = [k for k in self.members if k not in gone]
+
+    def _hand_over(self) -> None:
+        for part in self._parts:
+            part.work.hand_over()
+
+    def _shared(self, given: Any) -> Each:
+        return Each((given,) * len(self._parts), (False,) * len(self._parts))
+
+    def _of(self, part: Any, x: Any, y: Any, own: bool) -> tuple[Any, Any]:
+        """The rows of an own batch that belong to the members of one part."""
+        if not own or len(self._parts) == 1:
+            return x, y
+        at = torch.tensor([self.members.index(k) for k in part.members])
+        return tree_map(lambda t: t[at.to(t.device)], x), y[at.to(y.device)]
+
+    def _joined(self, found: Sequence[Tensor]) -> Tensor:
+        """What the parts have found, in the order of the members."""
+        if len(found) == 1:
+            return found[0]
+        places = {k: i for i, k in enumerate(k for part in self._parts for k in part.members)}
+        return torch.cat(list(found))[torch.tensor([places[k] for k in self.members], device=found[0].device)]
+
+
+def _one_each(given: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise GoodfitError(f"Stack takes one of {name} for each of the {count} members, or one for all, got {len(given)}.")
+    return list(given)
+
+
+def _refuse(mixes: Sequence[Any], models: Sequence[Any], optimizer: Any, lr: Any, example: Any) -> None:
+    if not mixes or len(mixes) != len(models):
+        raise GoodfitError(f"Stack takes as many models as cocktails, one or more, got {len(models)} and {len(mixes)}.")
+    if len({id(model) for model in models}) < len(models):
+        raise GoodfitError("Each member of a stack needs a model of its own, got one twice; copy.deepcopy makes another.")
+    if example is None:
+        raise GoodfitError("Stack needs an example batch, example=x, on which the models are built and compared.")
+    if optimizer is not None and lr != 1e-3:
+        raise GoodfitError("Stack takes lr= for AdamW, or optimizer=, which has its own; leave one out.")
+    if world() > 1:
+        raise GoodfitError("A stack trains in one process, got several; give each process a stack of its own.")
