@@ -1,0 +1,1 @@
+"""Members of one architecture, trained together."""
