@@ -33,7 +33,6 @@ class Chain:
         self.pieces, self.features, self.widest, self.flattens = tuple(pieces), features, widest, flattens
         self.silent = tuple(silent)
         self.names = tuple(name for piece in pieces for name in piece.names)
-        self.moved = tuple(name for piece in pieces for name in piece.moved)
         self.part_bytes = _PART
         self._pool = Pool()
 
@@ -43,9 +42,9 @@ class Chain:
         leaves = [params[name] for name in self.names]
         members = len(leaves[0])
         keeps = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in leaves))
-        lease = self._pool.lease()
-        whole = Pass(members, dict(zip(self.names, leaves, strict=True)), buffers, self.moved, lease.memory, keeps)
         x = self._rows_last(x, members)
+        lease = self._pool.lease((members, x.shape, x.dtype, x.device, self.part_bytes, keeps))
+        whole = Pass(members, x.shape[-1], dict(zip(self.names, leaves, strict=True)), buffers, lease.memory, keeps)
         if keeps:
             y: Tensor = _Passed.apply(self, whole, lease, x, *leaves)  # type: ignore[no-untyped-call]
         else:
@@ -82,16 +81,22 @@ class Chain:
             if part.span.start == 0:
                 out = y.new_empty((whole.members, *y.shape[1:]))
             out[part.span] = y
+        for piece in self.pieces:
+            piece.after_forward(whole)
         return out, parts
 
-    def _backward(self, parts: list[Part], g: Tensor, wanted: list[bool], x: Tensor | None) -> None:
+    def _backward(self, parts: list[Part], g: Tensor, gradients: Tensors, wanted: list[bool], x: Tensor | None) -> None:
         """wanted: whether the gradient of what goes into each piece is; that of x is added where it is given."""
         for part in parts:
+            part.gradients = {name: t[part.span] for name, t in gradients.items()}
             flowing, free = g[part.span], False
             for piece, wants in zip(reversed(self.pieces), reversed(wanted), strict=True):
                 flowing, free = piece.backward(part, flowing, free, wants)
             if x is not None:
                 (x if x.ndim == 2 else x[part.span]).add_(flowing)
+            part.gradients = {}  # a tensor that has views would be copied into .grad, any other is taken
+        for piece in self.pieces:
+            piece.after_backward(parts[0].whole, gradients)
 
 
 class _Passed(torch.autograd.Function):
@@ -110,14 +115,12 @@ class _Passed(torch.autograd.Function):
         chain, (x, *leaves) = context.chain, context.saved_tensors
         of_x, *needed = context.needs_input_grad[3:]
         gradients = {n: torch.empty_like(t) for n, t, need in zip(chain.names, leaves, needed, strict=True) if need}
-        for part in context.parts:
-            part.gradients = {n: t[part.span] for n, t in gradients.items()}
         wanted, earlier = [], of_x
         for piece in chain.pieces:
             wanted.append(earlier)
             earlier = earlier or any(name in gradients for name in piece.names)
         into = torch.zeros_like(x) if of_x else None
-        chain._backward(context.parts, g, wanted, into)
+        chain._backward(context.parts, g, gradients, wanted, into)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             context.lease.give_back()
         return None, None, None, into, *(gradients.get(name) for name in chain.names)

@@ -30,7 +30,7 @@ class Function:
 
 def _relu(module: Any) -> Function:
     return Function(
-        lambda x, out: torch.clamp_min(x, 0, out=out),
+        lambda x, out: x.relu_() if x is out else torch.clamp_min(x, 0, out=out),
         lambda g, z, out: _aten.threshold_backward.grad_input(g, z, 0, grad_input=out),
         by_output=True,
         positive=True,

@@ -45,20 +45,18 @@ class Drop(Piece):
         self._rates = _Known()
         self._seeds = _Known()
 
-    def draw(self, part: Part, x: Tensor) -> _Draw | None:
+    def draw(self, whole: Pass, x: Tensor) -> _Draw | None:
         """Made once for all members; None where nothing is dropped."""
-        draws = part.whole.draws
-        if self not in draws:
-            draws[self] = self._drawn(part.whole, x)
-        found: _Draw | None = draws[self]
+        if self not in whole.once:
+            whole.once[self] = self._drawn(whole, x)
+        found: _Draw | None = whole.once[self]
         return found
 
     def _drawn(self, whole: Pass, x: Tensor) -> _Draw | None:
         if not self.layer.training:
             return None
-        features, rows = x.shape[-2:]
         with torch.set_grad_enabled(whole.keeps):  # a layer counts the draws that will have a backward
-            words = self.layer.shared_words(torch.Size((rows, features)), x.device)
+            words = self.layer.shared_words(torch.Size((whole.rows, x.shape[-2])), x.device)
         rates, seeds = whole.buffers[self.rate], whole.buffers[self.seed]
         known = self._rates.of(rates, lambda: _limits(rates, x))
         if known is None:
@@ -67,7 +65,7 @@ class Drop(Piece):
         return _Draw(words.mT.contiguous().bitwise_xor_(_LOW), multiples, *known)
 
     def forward(self, part: Part, x: Tensor, free: bool) -> tuple[Tensor, bool]:
-        draw = self.draw(part, x)
+        draw = self.draw(part.whole, x)
         if draw is None:
             return x, free
         part.kept[self] = x.ndim == 2
@@ -78,7 +76,7 @@ class Drop(Piece):
         return y, True
 
     def backward(self, part: Part, g: Tensor, free: bool, wanted: bool) -> tuple[Tensor, bool]:
-        draw = part.whole.draws[self]
+        draw = part.whole.once[self]
         if draw is None or not wanted:
             return g, free
         out = g if free else torch.empty_like(g)

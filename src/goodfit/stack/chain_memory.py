@@ -10,27 +10,35 @@ from torch import Tensor
 __all__ = ["Lease", "Memory", "Pool"]
 
 
-class Memory:
-    """Tensors by what they are for. One that is asked for again in the same shape is the same tensor, with what it held."""
+_KEPT = 4
 
-    def __init__(self) -> None:
+
+class Memory:
+    """Tensors by what they are for, in passes of one shape: what is asked for again is the same tensor, with what it held."""
+
+    def __init__(self, shape: Hashable) -> None:
+        self.shape = shape
         self.held: dict[Hashable, Tensor] = {}
 
     def take(self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         held = self.held.get(key)
-        if held is None or held.shape != shape or held.dtype != dtype or held.device != device:
+        if held is None:
             held = self.held[key] = torch.empty(shape, dtype=dtype, device=device)
         return held
 
 
 class Pool:
-    """Memories that no pass needs for its backward any more."""
+    """Memories that no pass needs for its backward any more, those of a few shapes of a pass: the last batch may be short."""
 
     def __init__(self) -> None:
         self.free: list[Memory] = []
 
-    def lease(self) -> Lease:
-        return Lease(self, self.free.pop() if self.free else Memory())
+    def lease(self, shape: Hashable) -> Lease:
+        """A memory for a pass of this shape."""
+        found = next((memory for memory in reversed(self.free) if memory.shape == shape), None)
+        if found is not None:
+            self.free.remove(found)
+        return Lease(self, found or Memory(shape))
 
 
 class Lease:
@@ -43,6 +51,7 @@ class Lease:
         if not self.returned:
             self.returned = True
             self.pool.free.append(self.memory)
+            del self.pool.free[:-_KEPT]
 
     def __del__(self) -> None:
         self.give_back()

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from goodfit.stack.chain_drop import Drop
-from goodfit.stack.chain_pass import Part, Piece
+from goodfit.stack.chain_pass import Part, Pass, Piece, Tensors
 
 __all__ = ["Norm"]
+
+
+@dataclass
+class _Statistics:
+    """Of all members and features, (K, features, 1). total: the sum over the rows; length: of what is centered, over the rows;
+    inverse: 1 / √(var + eps); factor and shift: γ and β, times what dropout scales by.
+    """
+
+    by_batch: bool
+    eps: Tensor
+    total: Tensor
+    length: Tensor
+    inverse: Tensor
+    scale: Tensor | None
+    factor: Tensor | None
+    shift: Tensor | None
 
 
 class Norm(Piece):
@@ -19,17 +37,12 @@ class Norm(Piece):
 
     def __init__(self, layer: nn.BatchNorm1d, name: str) -> None:
         self.layer, self.name = layer, name
-        self.affine = layer.affine
         self.bias: str | None = None
         self.drop: Drop | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (f"{self.name}.weight", f"{self.name}.bias") if self.affine else ()
-
-    @property
-    def moved(self) -> tuple[str, ...]:
-        return tuple(f"{self.name}.{name}" for name, buffer in self.layer.named_buffers(recurse=False) if buffer is not None)
+        return (f"{self.name}.weight", f"{self.name}.bias") if self.layer.affine else ()
 
     @property
     def by_batch(self) -> bool:
@@ -40,79 +53,89 @@ class Norm(Piece):
         shared = x.ndim == 2
         if shared:
             x, free = x.expand(part.members, *x.shape), False
-        draw = self.drop.draw(part, x) if self.drop else None
-        scale = None if draw is None else draw.scale[part.span]
-        if self.by_batch:
-            centered, inverse = self._by_batch(part, x, free)
+        known = part.whole.once.get(self) or self._begin(part.whole, x)
+        shape, span = tuple(x.shape), part.span
+        total, inverse = known.total[span], known.inverse[span]
+        to = x if free else part.room((self, "centered"), shape, x)
+        if known.by_batch:
+            torch.sum(x, -1, keepdim=True, out=total)
+            centered = torch.sub(x, total, alpha=1 / shape[-1], out=to)
+            length = torch.linalg.vector_norm(centered, 2, -1, True, out=known.length[span])
+            torch.addcmul(known.eps, length, length, value=1 / shape[-1], out=inverse).rsqrt_()
         else:
-            mean, var = (part.buffers[f"{self.name}.running_{what}"].unsqueeze(-1) for what in ("mean", "var"))
-            centered = torch.sub(x, mean, out=x if free else part.room((self, "centered"), tuple(x.shape), x))
-            inverse = (var + self.layer.eps).rsqrt_()
-        factor = self._scaled(part, "weight", scale)
-        y = torch.mul(centered, inverse if factor is None else inverse * factor, out=part.room(self, tuple(x.shape), x))
-        if self.affine:
-            y.add_(self._scaled(part, "bias", scale))
-        part.kept[self] = centered, inverse, factor, scale, self.by_batch, shared
+            centered = torch.sub(x, total, out=to)
+        factor = inverse if known.factor is None else inverse * known.factor[span]
+        y = torch.mul(centered, factor, out=part.room(self, shape, x))
+        if known.shift is not None:
+            y.add_(known.shift[span])
+        part.kept[self] = centered, shared
         return y, True
 
-    def _by_batch(self, part: Part, x: Tensor, free: bool) -> tuple[Tensor, Tensor]:
-        rows = x.shape[-1]
-        if rows == 1 and self.layer.training:
+    def _begin(self, whole: Pass, x: Tensor) -> _Statistics:
+        if self.layer.training and whole.rows == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {(1, x.shape[-2])}")
-        mean = x.mean(-1, keepdim=True)
-        centered = torch.sub(x, mean, out=x if free else part.room((self, "centered"), tuple(x.shape), x))
-        var = torch.linalg.vector_norm(centered, 2, -1, keepdim=True).square_().div_(rows)
-        if self.layer.training and self.layer.running_mean is not None:
-            self._move(part, mean.squeeze(-1), var.squeeze(-1) * (rows / (rows - 1)))
-        return centered, (var + self.layer.eps).rsqrt_()
+        draw = self.drop.draw(whole, x) if self.drop else None
+        scale = None if draw is None else draw.scale
+        factor, shift = (whole.params[name].unsqueeze(-1) for name in self.names) if self.names else (scale, None)
+        if scale is not None and shift is not None:
+            factor, shift = factor * scale, shift * scale
+        eps = x.new_tensor(self.layer.eps)
+        if self.by_batch:
+            shape = (whole.members, x.shape[-2], 1)
+            total, length, inverse = (whole.room((self, what), shape, x) for what in ("total", "length", "inverse"))
+        else:
+            total, length = (whole.buffers[f"{self.name}.running_{what}"].unsqueeze(-1) for what in ("mean", "var"))
+            inverse = (length + eps).rsqrt_()
+        whole.once[self] = known = _Statistics(self.by_batch, eps, total, length, inverse, scale, factor, shift)
+        return known
 
-    def _move(self, part: Part, mean: Tensor, var: Tensor) -> None:
-        """The running statistics, by the unbiased variance and with the bias that was left out."""
-        batches = part.buffers[f"{self.name}.num_batches_tracked"].add_(1)
-        momentum = self.layer.momentum
-        share = 1 / batches.view(-1, 1).to(mean.dtype) if momentum is None else momentum
+    def after_forward(self, whole: Pass) -> None:
+        """The running statistics move, by the unbiased variance and with the bias that was left out."""
+        if not self.layer.training or self.layer.running_mean is None:
+            return
+        known: _Statistics = whole.once[self]
+        batches = whole.buffers[f"{self.name}.num_batches_tracked"].add_(1)
+        mean, length = known.total.squeeze(-1) / whole.rows, known.length.squeeze(-1)
+        share = 1 / batches.view(-1, 1).to(mean.dtype) if self.layer.momentum is None else self.layer.momentum
         if self.bias is not None:
-            mean = mean + part.params[self.bias].detach()
-        part.buffers[f"{self.name}.running_mean"].lerp_(mean, share)
-        part.buffers[f"{self.name}.running_var"].lerp_(var, share)
-
-    def _scaled(self, part: Part, what: str, scale: Tensor | None) -> Tensor | None:
-        """γ or β, times what dropout scales by; None for 1."""
-        if not self.affine:
-            return scale
-        number = part.params[f"{self.name}.{what}"].unsqueeze(-1)
-        return number if scale is None else number * scale
+            mean = mean + whole.params[self.bias]
+        whole.buffers[f"{self.name}.running_mean"].lerp_(mean, share)
+        whole.buffers[f"{self.name}.running_var"].lerp_(length.square().div_(whole.rows - 1), share)
 
     def backward(self, part: Part, g: Tensor, free: bool, wanted: bool) -> tuple[Tensor, bool]:
-        centered, inverse, factor, scale, by_batch, shared = part.kept[self]
-        weight, bias = (part.gradients.get(f"{self.name}.{what}") for what in ("weight", "bias"))
-        asked = [wanted, weight is not None, bias is not None]
-        if by_batch:
-            found = _group_norm_backward(g, centered, inverse, factor, asked)
-        else:
-            found = _fixed_backward(g, centered, inverse, factor, asked)
-        for gradient, one in ((weight, found[1]), (bias, found[2])):
+        known: _Statistics = part.whole.once[self]
+        centered, shared = part.kept[self]
+        gradients = [part.gradients.get(name) for name in self.names] or [None, None]
+        asked = [wanted, *(gradient is not None for gradient in gradients)]
+        step = _by_batch if known.by_batch else _fixed
+        x, *found = step(g, centered, known.inverse[part.span], None if known.factor is None else known.factor[part.span], asked)
+        for gradient, one in zip(gradients, found, strict=True):
             if gradient is not None and one is not None:
-                torch.mul(one.view(gradient.shape), 1 if scale is None else scale.squeeze(-1), out=gradient)
-        if found[0] is None:
+                gradient.copy_(one.view(gradient.shape))
+        if x is None:
             return g, free
-        return (found[0].sum(0) if shared else found[0]), True
+        return (x.sum(0) if shared else x), True
+
+    def after_backward(self, whole: Pass, gradients: Tensors) -> None:
+        scale = whole.once[self].scale
+        for name in self.names if scale is not None else ():
+            if name in gradients:
+                gradients[name].mul_(scale.squeeze(-1))
 
 
-def _group_norm_backward(
+def _by_batch(
     g: Tensor, centered: Tensor, inverse: Tensor, factor: Tensor | None, asked: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Rows last, each feature of each member is a group of its own of one sample: torch's fastest kernel for such rows."""
-    members, features, rows = g.shape
-    groups = members * features
+    """Each feature of each member as a group of its own, of one sample: torch's fastest kernel where rows are last."""
+    groups, rows = inverse.numel(), g.shape[-1]
     flat = (1, groups, rows)
-    factors = torch.ones_like(inverse) if factor is None else factor.expand(inverse.shape)
+    factor = torch.ones_like(inverse) if factor is None else factor.expand(inverse.shape)
     x, weight, bias = torch.ops.aten.native_group_norm_backward(
         g.reshape(flat),
         centered.view(flat),
         torch.zeros_like(inverse).view(1, groups),
         inverse.view(1, groups),
-        factors.reshape(groups),
+        factor.reshape(groups),
         1,
         groups,
         rows,
@@ -122,7 +145,7 @@ def _group_norm_backward(
     return (x.view(g.shape) if asked[0] else None), weight, bias
 
 
-def _fixed_backward(
+def _fixed(
     g: Tensor, centered: Tensor, inverse: Tensor, factor: Tensor | None, asked: list[bool]
 ) -> tuple[Tensor | None, ...]:
     return (

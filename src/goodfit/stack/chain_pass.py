@@ -21,25 +21,30 @@ Tensors = Mapping[str, Tensor]
 class Pass:
     """What all members have in common.
 
-    moved: the buffers that the pass moves. keeps: whether a backward may follow. draws: the noise of each layer.
+    keeps: whether a backward may follow. once: what each piece has made for all members together.
     """
 
     members: int
+    rows: int
     params: Tensors
     buffers: Tensors
-    moved: tuple[str, ...]
     memory: Memory
     keeps: bool
-    draws: dict[Any, Any] = field(default_factory=dict)
+    once: dict[Any, Any] = field(default_factory=dict)
+
+    def room(self, key: Hashable, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for all members, kept until the backward."""
+        return self.memory.take(key, shape, dtype or like.dtype, like.device)
 
     def parts(self, size: int) -> list[Part]:
         """All members, some at a time; where nothing is kept for a backward all parts use the same memory."""
         if size >= self.members:
-            return [Part(self, 0, slice(0, self.members), self.params, self.buffers)]
-        count = -(-self.members // size)
-        params, buffers = _split(self.params, size, count), _split({n: self.buffers[n] for n in self.moved}, size, count)
-        spans = [slice(i * size, min(i * size + size, self.members)) for i in range(count)]
-        return [Part(self, i * self.keeps, span, params[i], buffers[i]) for i, span in enumerate(spans)]
+            return [Part(self, 0, slice(0, self.members), self.params)]
+        spans = [slice(start, min(start + size, self.members)) for start in range(0, self.members, size)]
+        cut = {name: t.split(size) for name, t in self.params.items()}
+        return [
+            Part(self, i * self.keeps, span, {name: pieces[i] for name, pieces in cut.items()}) for i, span in enumerate(spans)
+        ]
 
 
 @dataclass
@@ -54,7 +59,6 @@ class Part:
     index: int
     span: slice
     params: Tensors
-    buffers: Tensors
     kept: dict[Any, Any] = field(default_factory=dict)
     gradients: Tensors = field(default_factory=dict)
 
@@ -66,36 +70,31 @@ class Part:
         """Memory of this part alone, kept until the backward."""
         return self.whole.memory.take((self.index, key), shape, dtype or like.dtype, like.device)
 
-    def scratch(self, key: Hashable, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for the moment, which the next part writes over."""
-        return self.whole.memory.take(key, shape, dtype or like.dtype, like.device)
-
 
 class Piece(ABC):
     """Takes what flows one step further, and a gradient one step back.
 
-    free says of a tensor that a piece may write on it; each tells the same of what it returns.
+    free says of a tensor that a piece may write on it; each tells the same of what it returns. What is small and can wait for all
+    members is done after the last part.
     """
-
-    @abstractmethod
-    def forward(self, part: Part, x: Tensor, free: bool) -> tuple[Tensor, bool]:
-        """y, from x."""
-
-    @abstractmethod
-    def backward(self, part: Part, g: Tensor, free: bool, wanted: bool) -> tuple[Tensor, bool]:
-        """The gradient of x from that of y, and those of the parameters; that of x has no meaning where it is not wanted."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters."""
         return ()
 
-    @property
-    def moved(self) -> tuple[str, ...]:
-        """The buffers that a pass moves."""
-        return ()
+    @abstractmethod
+    def forward(self, part: Part, x: Tensor, free: bool) -> tuple[Tensor, bool]:
+        """y, from x."""
 
+    def after_forward(self, whole: Pass) -> None:
+        """What is done for all members at once."""
+        return
 
-def _split(tensors: Tensors, size: int, count: int) -> list[Tensors]:
-    cut = {name: t.split(size) for name, t in tensors.items()}
-    return [{name: pieces[i] for name, pieces in cut.items()} for i in range(count)]
+    @abstractmethod
+    def backward(self, part: Part, g: Tensor, free: bool, wanted: bool) -> tuple[Tensor, bool]:
+        """The gradient of x from that of y, and those of the parameters; that of x has no meaning where it is not wanted."""
+
+    def after_backward(self, whole: Pass, gradients: Tensors) -> None:
+        """The same."""
+        return

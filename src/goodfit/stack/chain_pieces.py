@@ -30,29 +30,29 @@ class Linear(Piece):
         members, outputs, _ = weight.shape
         y = part.room(self, (members, outputs, x.shape[-1]), x)
         centered = self.norm is not None and self.norm.by_batch
+        bias = None if self.bias is None or centered else part.params[self.bias].unsqueeze(-1)
         part.kept[self] = x, centered
-        left, right, out = (weight, x, y) if x.ndim == 3 else (weight.flatten(0, 1), x, y.view(-1, x.shape[-1]))
-        if self.bias is None or centered:
-            torch.matmul(left, right, out=out)
-        elif x.ndim == 3:
-            torch.baddbmm(part.params[self.bias].unsqueeze(-1), left, right, out=out)
-        else:
-            torch.addmm(part.params[self.bias].view(-1, 1), left, right, out=out)
+        if x.ndim == 3:
+            torch.bmm(weight, x, out=y) if bias is None else torch.baddbmm(bias, weight, x, out=y)
+        else:  # one product for all members
+            weight, flat = weight.flatten(0, 1), y.flatten(0, 1)
+            torch.mm(weight, x, out=flat) if bias is None else torch.addmm(bias.flatten(0, 1), weight, x, out=flat)
         return y, True
 
     def backward(self, part: Part, g: Tensor, free: bool, wanted: bool) -> tuple[Tensor, bool]:
         x, centered = part.kept[self]
-        weight = part.params[self.weight]
-        if x.ndim == 2:
-            g, weight = g.reshape(-1, g.shape[-1]), weight.flatten(0, 1)
+        own = x.ndim == 3
+        weight, product = part.params[self.weight], torch.bmm if own else torch.mm
+        if not own:
+            weight, g = weight.flatten(0, 1), g.flatten(0, 1)
         if (gradient := part.gradients.get(self.weight)) is not None:
-            torch.matmul(g, x.mT, out=gradient if x.ndim == 3 else gradient.view(weight.shape))
+            product(g, x.mT, out=gradient if own else gradient.flatten(0, 1))
         if self.bias is not None and (gradient := part.gradients.get(self.bias)) is not None:
             if centered:
                 gradient.zero_()
             else:
-                torch.sum(g, -1, out=gradient if x.ndim == 3 else gradient.view(-1))
-        return (torch.matmul(weight.mT, g) if wanted else g), wanted
+                torch.sum(g, -1, out=gradient if own else gradient.flatten())
+        return (product(weight.mT, g) if wanted else g), wanted
 
 
 class Activation(Piece):
@@ -65,10 +65,10 @@ class Activation(Piece):
     def forward(self, part: Part, x: Tensor, free: bool) -> tuple[Tensor, bool]:
         y = x if free and self.function.by_output else part.room(self, tuple(x.shape), x)
         self.function.value(x, y)
-        draw = self.drop.draw(part, x) if self.drop else None
+        draw = self.drop.draw(part.whole, x) if self.drop else None
         if self.drop and draw:
             shape = tuple(x.shape)
-            self.drop.apply(part, draw, y, draw.mask(part, part.scratch(("mask", shape), shape, x, torch.int32)), y)
+            self.drop.apply(part, draw, y, draw.mask(part, part.whole.room(("mask", shape), shape, x, torch.int32)), y)
         part.kept[self] = y if self.function.by_output else x
         return y, not self.function.by_output
 
@@ -77,7 +77,7 @@ class Activation(Piece):
             return g, free
         out = g if free else torch.empty_like(g)
         self.function.slope(g, part.kept[self], out)
-        draw = part.whole.draws[self.drop] if self.drop else None
+        draw = part.whole.once[self.drop] if self.drop else None
         if self.drop and draw and not self.drop.folded:
             out.mul_(draw.scale[part.span])
         return out, True
