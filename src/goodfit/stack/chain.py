@@ -24,8 +24,9 @@ _PART = 2**20
 class Chain:
     """Pieces one after another. Call it with the numbers of all members, of shape (K, ...) each.
 
-    x is (rows, features), the same for all members, or (K, rows, features); what a chain that `flattens` gets may have more axes
-    behind the rows. The outputs, (K, rows, outputs), lie in memory as (K, outputs, rows), in which a loss is much faster:
+    x is (rows, features), the same for all members, or (K, rows, features), where each has its own; what a chain that `flattens`
+    gets may have more axes behind the rows, and own says which of both it is where one row for each could be meant. The outputs,
+    (K, rows, outputs), lie in memory as (K, outputs, rows), in which a loss is several times as fast:
     `F.cross_entropy(outputs.mT, ...)` takes them as they lie. Gradients of gradients are not to be had.
     """
 
@@ -36,13 +37,13 @@ class Chain:
         self.part_bytes = _PART
         self._pool = Pool()
 
-    def __call__(self, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    def __call__(self, params: Tensors, buffers: Tensors, x: Tensor, own: bool | None = None) -> Tensor:
         if any(module.training for module in self.silent):
             raise GoodfitError("A chain with torch's own Dropout is for eval mode, got train mode: ask chain_of(model) again.")
         leaves = [params[name] for name in self.names]
         members = len(leaves[0])
         keeps = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in leaves))
-        x = self._rows_last(x, members)
+        x = self._rows_last(x, members, own)
         lease = self._pool.lease((members, x.shape, x.dtype, x.device, self.part_bytes, keeps))
         whole = Pass(members, x.shape[-1], dict(zip(self.names, leaves, strict=True)), buffers, lease.memory, keeps)
         if keeps:
@@ -52,11 +53,11 @@ class Chain:
             lease.give_back()
         return y.mT
 
-    def _rows_last(self, x: Tensor, members: int) -> Tensor:
+    def _rows_last(self, x: Tensor, members: int, own: bool | None) -> Tensor:
         """(features, rows), or (K, features, rows)."""
-        own = x.ndim == 3
+        if own is None:
+            own = x[0].numel() != self.features if self.flattens else x.ndim == 3
         if self.flattens:
-            own = x[0].numel() != self.features or (x.shape[1] == 1 and len(x) == members != 1 and x.ndim > 2)
             x = x.flatten(1 + own)
         if x.ndim != 2 + own or x.shape[-1] != self.features or (own and len(x) != members):
             raise GoodfitError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,7 @@ class Drop(Piece):
     def __init__(self, layer: SeededDropout, name: str) -> None:
         self.layer, self.rate, self.seed = layer, f"{name}.rate", f"{name}.seed"
         self.folded = False
-        self._rates = _Known()
-        self._seeds = _Known()
+        self._limits, self._factors = _Known(_limits), _Known(_factors)
 
     def draw(self, whole: Pass, x: Tensor) -> _Draw | None:
         """Made once for all members; None where nothing is dropped."""
@@ -57,12 +57,11 @@ class Drop(Piece):
             return None
         with torch.set_grad_enabled(whole.keeps):  # a layer counts the draws that will have a backward
             words = self.layer.shared_words(torch.Size((whole.rows, x.shape[-2])), x.device)
-        rates, seeds = whole.buffers[self.rate], whole.buffers[self.seed]
-        known = self._rates.of(rates, lambda: _limits(rates, x))
-        if known is None:
+        limits = self._limits.of(whole.buffers[self.rate], x)
+        if limits is None:
             return None
-        multiples = self._seeds.of(seeds, lambda: factors(seeds).view(-1, 1, 1).to(x.device))
-        return _Draw(words.mT.contiguous().bitwise_xor_(_LOW), multiples, *known)
+        multiples = self._factors.of(whole.buffers[self.seed], x)
+        return _Draw(words.mT.contiguous().bitwise_xor_(_LOW), multiples, *limits)
 
     def forward(self, part: Part, x: Tensor, free: bool) -> tuple[Tensor, bool]:
         draw = self.draw(part.whole, x)
@@ -71,7 +70,7 @@ class Drop(Piece):
         part.kept[self] = x.ndim == 2
         shape = (part.members, *x.shape[-2:])
         mask = draw.mask(part, part.room((self, "mask"), shape, x, torch.int32))
-        y = x if free else part.room(self, shape, x)
+        y = x if free and x.ndim == 3 else part.room(self, shape, x)
         self.apply(part, draw, x, mask, y)
         return y, True
 
@@ -94,17 +93,23 @@ class Drop(Piece):
 
 
 class _Known:
-    """What was made of a tensor, until the tensor changes."""
+    """What was made of the numbers of a tensor, until they change."""
 
-    def __init__(self) -> None:
-        self.source: Tensor | None = None
-        self.version = -1
+    def __init__(self, make: Callable[[Tensor, Tensor], Any]) -> None:
+        self.make = make
+        self.numbers: Tensor | None = None
+        self.like: tuple[Any, ...] = ()
         self.made: Any = None
 
-    def of(self, source: Tensor, make: Any) -> Any:
-        if self.source is not source or self.version != source._version:
-            self.source, self.version, self.made = source, source._version, make()
+    def of(self, numbers: Tensor, x: Tensor) -> Any:
+        like = (x.dtype, x.device)
+        if self.numbers is None or self.like != like or not torch.equal(self.numbers, numbers):
+            self.numbers, self.like, self.made = numbers.clone(), like, self.make(numbers, x)
         return self.made
+
+
+def _factors(seeds: Tensor, x: Tensor) -> Tensor:
+    return factors(seeds).view(-1, 1, 1).to(x.device)
 
 
 def _limits(rates: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -79,7 +79,7 @@ class Norm(Piece):
         factor, shift = (whole.params[name].unsqueeze(-1) for name in self.names) if self.names else (scale, None)
         if scale is not None and shift is not None:
             factor, shift = factor * scale, shift * scale
-        eps = x.new_tensor(self.layer.eps)
+        eps = whole.room((self, "eps"), (), x).fill_(self.layer.eps)
         if self.by_batch:
             shape = (whole.members, x.shape[-2], 1)
             total, length, inverse = (whole.room((self, what), shape, x) for what in ("total", "length", "inverse"))
@@ -107,6 +107,8 @@ class Norm(Piece):
         centered, shared = part.kept[self]
         gradients = [part.gradients.get(name) for name in self.names] or [None, None]
         asked = [wanted, *(gradient is not None for gradient in gradients)]
+        if not any(asked):
+            return g, free
         step = _by_batch if known.by_batch else _fixed
         x, *found = step(g, centered, known.inverse[part.span], None if known.factor is None else known.factor[part.span], asked)
         for gradient, one in zip(gradients, found, strict=True):
