@@ -38,7 +38,7 @@ class ClipNorm(gf.phases.Gradient):
     norm: float = hyper(1.0, valid="(0, inf]", off=math.inf, low=0.1, high=10.0, log=True)
 
     def gradient(
-        self, grads: Mapping[str, Tensor], weights: Mapping[str, Tensor], state: Any, again: Any
+        self, grads: Mapping[str, Tensor], weights: Mapping[str, Tensor], state: Any, again: Any, noise: Any
     ) -> tuple[dict[str, Tensor], Any]:
         length = torch.stack(torch._foreach_norm(list(grads.values()))).norm()
         scale = (self.norm / (length + 1e-6)).clamp(max=1.0)

@@ -22,7 +22,6 @@ import goodfit as gf
 from goodfit.adapters.accelerate import Regularization
 from plain import AVERAGED, BEST, COCKTAIL, EPOCHS, REST, SEED, STOP, X, Y, adam, loader, net, patience, plain, same, valid_loss
 from together import in_two_processes
-from toys import Blur, Flood, Mean, Uphill
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +101,7 @@ def test_the_weights_and_the_stop_are_those_of_the_plain_loop() -> None:
 
 
 def test_batch_and_loss_regularizers_act_in_the_loop() -> None:
-    cocktail = gf.Cocktail(Blur(0.5), Flood(0.3), *COCKTAIL)
+    cocktail = gf.Cocktail(gf.InputNoise(0.5), gf.Flooding(0.3), *COCKTAIL)
     model, _, scores = plain(cocktail, by_run=True)
     theirs, _, their_scores = host(cocktail, by_run=True)
     assert their_scores == scores
@@ -111,12 +110,12 @@ def test_batch_and_loss_regularizers_act_in_the_loop() -> None:
 
 
 def test_a_second_gradient_is_had_by_run_loss_and_refused_by_name_without() -> None:
-    cocktail = (Uphill(0.1), gf.Dropout(0.3), gf.BatchNorm())
+    cocktail = (gf.SAM(0.1), gf.Dropout(0.3), gf.BatchNorm())
     assert same(plain(cocktail, epochs=2, by_run=True)[0], host(cocktail, epochs=2, by_run=True)[0])
-    with pytest.raises(gf.GoodfitError, match="Uphill needs a second gradient"):
+    with pytest.raises(gf.GoodfitError, match="SAM needs a second gradient"):
         host(cocktail, epochs=1)
-    with pytest.raises(gf.GoodfitError, match=r"Blur acts in run.batch, which was not called; add: x, y = run.batch\(x, y\)"):
-        host(Blur(0.1), epochs=1)
+    with pytest.raises(gf.GoodfitError, match=r"InputNoise acts in run.batch, which was not called; add: x, y = run.batch\(x, y\)"):
+        host(gf.InputNoise(0.1), epochs=1)
 
 
 @pytest.mark.filterwarnings("ignore:The gradients of several batches")
@@ -267,8 +266,8 @@ def test_a_second_regularization_may_only_stop() -> None:
     assert int(stopping.state_dict()["seed"]) == int(first.state_dict()["seed"]) == SEED
     Regularization("L2(0.1)", net(), accelerator)
     averaged = net()
-    Regularization(Mean(0.2), averaged, accelerator)
-    with pytest.raises(gf.GoodfitError, match=r"Mean\(0.2\) averages weights, of which a second"):
+    Regularization(gf.EMA(0.8, warmup=False), averaged, accelerator)
+    with pytest.raises(gf.GoodfitError, match=r"EMA\(0\.8, warmup=False\) averages weights, of which a second"):
         Regularization("EarlyStopping(3)", averaged, accelerator)
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 import goodfit as gf
 from goodfit.adapters.host import Hosted, imported, monitored, refuse_sharded, submodule
-from toys import Mean, Uphill
 
 
 def test_a_missing_host_is_one_line_with_the_command() -> None:
@@ -69,8 +68,10 @@ def test_a_second_regularization_may_only_stop() -> None:
     more = Hosted("EarlyStopping(3), Dropout(0.1)", monitor="valid_loss")
     with pytest.raises(gf.GoodfitError, match=r"may only stop the training, got Dropout\(0\.1\)"):
         more._join([first, more])
-    with pytest.raises(gf.GoodfitError, match=r"Mean\(0\.5\) averages weights, of which a second Regularization knows nothing"):
-        stopping._join([Hosted(Mean(0.5)), stopping])
+    with pytest.raises(
+        gf.GoodfitError, match=r"EMA\(0\.5, warmup=False\) averages weights, of which a second Regularization knows nothing"
+    ):
+        stopping._join([Hosted(gf.EMA(0.5, warmup=False)), stopping])
 
 
 # What hosts do with a run, without a host
@@ -79,7 +80,7 @@ def test_a_second_regularization_may_only_stop() -> None:
 def test_a_closure_that_runs_no_backward_gives_no_second_gradient() -> None:
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    gf.Run(Uphill(0.1), model).attach(optimizer)
+    gf.Run(gf.SAM(0.1), model).attach(optimizer)
     model(torch.ones(2, 3)).sum().backward()
     before = model.weight.detach().clone()
     with pytest.raises(gf.GoodfitError, match="A second gradient needs a closure that runs backward"):

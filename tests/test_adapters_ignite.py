@@ -43,7 +43,6 @@ from plain import (
     whole_loss,
 )
 from together import in_two_processes
-from toys import Blur, Clip, Flood, Mean, Uphill
 
 loop = partial(plain, score=whole_loss)
 
@@ -109,7 +108,7 @@ def test_the_weights_and_the_stop_are_those_of_the_plain_loop() -> None:
 
 
 def test_batch_and_loss_regularizers_act_in_the_update() -> None:
-    cocktail = gf.Cocktail(Blur(0.5), Flood(0.3), *COCKTAIL)
+    cocktail = gf.Cocktail(gf.InputNoise(0.5), gf.Flooding(0.3), *COCKTAIL)
     model, _, scores = loop(cocktail, by_run=True)
     host = Host(cocktail, by_run=True).fit()
     assert host.scores == scores
@@ -118,13 +117,13 @@ def test_batch_and_loss_regularizers_act_in_the_update() -> None:
 
 
 def test_a_second_gradient_is_had_by_run_loss_and_refused_by_name_without() -> None:
-    model, _, _ = loop((Uphill(0.1), gf.Dropout(0.3), gf.BatchNorm()), epochs=2, by_run=True)
-    assert same(model, Host((Uphill(0.1), gf.Dropout(0.3), gf.BatchNorm()), by_run=True).fit(2).model)
-    with pytest.raises(gf.GoodfitError, match="Uphill needs a second gradient"):
-        Host(Uphill(0.1)).fit(1)
+    model, _, _ = loop((gf.SAM(0.1), gf.Dropout(0.3), gf.BatchNorm()), epochs=2, by_run=True)
+    assert same(model, Host((gf.SAM(0.1), gf.Dropout(0.3), gf.BatchNorm()), by_run=True).fit(2).model)
+    with pytest.raises(gf.GoodfitError, match="SAM needs a second gradient"):
+        Host(gf.SAM(0.1)).fit(1)
 
 
-@pytest.mark.parametrize("toy", [Blur(0.1), Flood(0.1)])
+@pytest.mark.parametrize("toy", [gf.InputNoise(0.1), gf.Flooding(0.1)])
 def test_what_the_update_does_not_call_is_refused_with_the_line_to_add(toy: Any) -> None:
     with pytest.raises(gf.GoodfitError, match=r"which was not called; add: "):
         Host((gf.L2(0.1), toy)).fit(1)
@@ -291,9 +290,9 @@ def test_the_best_comes_back_where_the_user_terminates(skip: bool) -> None:
 
 
 def test_averaged_weights_get_their_statistics_from_the_training_data() -> None:
-    host = Host((Mean(0.5), gf.BatchNorm()), hears=False).fit(2)
-    means = host.regularization.run.states(Mean)[0][1]
-    assert torch.equal(host.model[0].weight.data, means["0.weight"])
+    host = Host((gf.EMA(0.5, warmup=False), gf.BatchNorm()), hears=False).fit(2)
+    means = host.regularization.run.states(gf.EMA)[0][1]
+    assert torch.equal(host.model[0].weight.data, means["mean.0.weight"])
     alike = gf.Run(gf.BatchNorm(), net(), example=X[:8]).model
     alike.load_state_dict(host.model.state_dict())
     gf.recalibrate(alike, loader())
@@ -471,9 +470,9 @@ def test_a_second_one_that_does_more_is_refused_beside_the_same_model_alone(more
 
 
 def test_a_second_one_of_another_seed_or_beside_averages_is_refused() -> None:
-    with pytest.raises(gf.GoodfitError, match="has the seed of the first, by which inserted layers draw: seed=4, got seed=0"):
+    with pytest.raises(gf.GoodfitError, match="has the seed of the first, by which inserted layers draw: seed=30, got seed=0"):
         second(Host(), "EarlyStopping(3)")
-    with pytest.raises(gf.GoodfitError, match=r"Mean\(0.2\) averages weights, of which a second"):
+    with pytest.raises(gf.GoodfitError, match=r"EMA\(0\.8, warmup=False\) averages weights, of which a second"):
         second(Host(AVERAGED), "EarlyStopping(3)", seed=SEED)
 
 
@@ -538,7 +537,7 @@ def test_fused_unscaling_is_refused() -> None:
 
 
 def test_a_scaler_that_unscales_before_the_step_changes_nothing() -> None:
-    host = Host((gf.L2(0.01), Clip(0.1)), hears=False)
+    host = Host((gf.L2(0.01), gf.ClipNorm(0.1)), hears=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
     def update(engine: Engine, batch: tuple[Tensor, Tensor]) -> None:
@@ -550,7 +549,7 @@ def test_a_scaler_that_unscales_before_the_step_changes_nothing() -> None:
 
     host.trainer._process_function = update
     host.fit(2)
-    assert same(host.model, loop((gf.L2(0.01), Clip(0.1)), epochs=2)[0])
+    assert same(host.model, loop((gf.L2(0.01), gf.ClipNorm(0.1)), epochs=2)[0])
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from plain import (
     valid_loss,
     validation,
 )
-from toys import Blur, Clip, Flood, Mean, Uphill
 
 lightning = pytest.importorskip("pytorch_lightning")
 from goodfit.adapters.lightning import Regularization  # noqa: E402
@@ -135,7 +134,7 @@ def test_a_metric_to_maximize() -> None:
 
 
 def test_what_acts_on_batch_and_loss_acts_in_the_step_of_the_module() -> None:
-    cocktail = [*COCKTAIL, Blur(0.3), Flood(0.05)]
+    cocktail = [*COCKTAIL, gf.InputNoise(0.3), gf.Flooding(0.05)]
     model, _, scores = plain(cocktail, by_run=True)
     ours = regularization(cocktail)
     module = InRun(ours)
@@ -190,7 +189,7 @@ def test_clipping_by_the_host_beside_penalties() -> None:
 
 def test_a_second_gradient_by_the_closure_of_lightning() -> None:
     model = net()
-    run = gf.Run([Uphill(0.1), gf.Dropout(0.3)], model, example=X[:8], seed=SEED)
+    run = gf.Run([gf.SAM(0.1), gf.Dropout(0.3)], model, example=X[:8], seed=SEED)
     optimizer = adam(model.parameters())
     run.attach(optimizer)
 
@@ -204,7 +203,7 @@ def test_a_second_gradient_by_the_closure_of_lightning() -> None:
 
         optimizer.step(closure)
     module = Module()
-    fit(module, regularization([Uphill(0.1), gf.Dropout(0.3)]), epochs=1)
+    fit(module, regularization([gf.SAM(0.1), gf.Dropout(0.3)]), epochs=1)
     assert same(model, module.net)
     assert not same(model, plain("Dropout(0.3)", epochs=1)[0])
 
@@ -547,14 +546,14 @@ def test_a_missing_metric_is_named_beside_those_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("cocktail", "settings", "reason"),
     [
-        ([Blur(0.1)], {}, r"Blur acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
-        ([Flood(0.1)], {}, r"Flood acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
+        ([gf.InputNoise(0.1)], {}, r"InputNoise acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
+        ([gf.Flooding(0.1)], {}, r"Flooding acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
         (
-            [Clip(0.5)],
+            [gf.ClipNorm(0.5)],
             {"gradient_clip_val": 0.1},
-            r"Trainer\(gradient_clip_val=0\.1\) clips the gradient before Clip",
+            r"Trainer\(gradient_clip_val=0\.1\) clips the gradient before ClipNorm",
         ),
-        ([Uphill(0.5)], {"accumulate_grad_batches": 2}, r"Uphill\(0\.5\) .* take only the last of its 2 batches again"),
+        ([gf.SAM(0.5)], {"accumulate_grad_batches": 2}, r"SAM\(0\.5\) .* take only the last of its 2 batches again"),
         ("EarlyStopping(3)", {"limit_val_batches": 0}, r"EarlyStopping\(3\) hears the validation, and there is none"),
     ],
 )
@@ -574,7 +573,7 @@ def test_what_would_be_wrong_is_refused(cocktail: Any, settings: Any, reason: st
 )
 def test_averages_of_lightning_serve_behind_the_regularization_where_nothing_is_restored(averager: Any) -> None:
     reason = f"gives the weights to keep, and {type(averager).__name__} puts its averages in their place; drop"
-    for cocktail in ("EarlyStopping(3)", [Mean(0.2)]):
+    for cocktail in ("EarlyStopping(3)", [gf.EMA(0.8, warmup=False)]):
         with pytest.raises(gf.GoodfitError, match=reason):
             fit(Module(), regularization(cocktail), averager)
     with pytest.raises(gf.GoodfitError, match=r"a copy of the module without BatchNorm\(.*\); put it behind Regularization"):
@@ -587,7 +586,7 @@ def test_averages_of_lightning_serve_behind_the_regularization_where_nothing_is_
 
 def test_a_second_gradient_without_a_closure_is_refused() -> None:
     with pytest.raises(gf.GoodfitError, match="A second gradient needs a closure that runs backward"):
-        fit(Manual(), regularization([Uphill(0.1)]))
+        fit(Manual(), regularization([gf.SAM(0.1)]))
 
 
 def test_the_decay_of_the_optimizer_beside_ours_is_told() -> None:

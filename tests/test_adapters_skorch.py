@@ -50,7 +50,6 @@ from plain import (
     same,
     whole_loss,
 )
-from toys import Blur, Clip, Flood, Mean, Uphill
 
 loop = partial(plain, score=whole_loss)
 
@@ -117,7 +116,7 @@ def test_the_weights_and_the_stop_are_those_of_the_plain_loop(capsys: pytest.Cap
 
 
 def test_batch_and_loss_regularizers_act_in_the_step() -> None:
-    cocktail = gf.Cocktail(Blur(0.5), Flood(0.3), *COCKTAIL)
+    cocktail = gf.Cocktail(gf.InputNoise(0.5), gf.Flooding(0.3), *COCKTAIL)
     model, _, scores = loop(cocktail, by_run=True)
     net = host(cocktail, kind=ByRun).fit(X, Y)
     assert net.history[:, "valid_loss"] == scores
@@ -125,7 +124,7 @@ def test_batch_and_loss_regularizers_act_in_the_step() -> None:
     assert not same(model, loop()[0])
 
 
-@pytest.mark.parametrize("toy", [Blur(0.1), Flood(0.1)])
+@pytest.mark.parametrize("toy", [gf.InputNoise(0.1), gf.Flooding(0.1)])
 def test_what_the_step_does_not_call_is_refused_with_the_line_to_add(toy: Any) -> None:
     with pytest.raises(gf.GoodfitError, match=r"which was not called; add: "):
         host((gf.L2(0.1), toy)).fit(X, Y)
@@ -133,7 +132,7 @@ def test_what_the_step_does_not_call_is_refused_with_the_line_to_add(toy: Any) -
 
 @pytest.mark.parametrize("kind", [NeuralNetRegressor, ByRun])
 def test_a_second_gradient_is_had_from_the_closure(kind: Any) -> None:
-    cocktail = (Uphill(0.1), gf.L2(0.01), gf.Dropout(0.3), gf.BatchNorm())
+    cocktail = (gf.SAM(0.1), gf.L2(0.01), gf.Dropout(0.3), gf.BatchNorm())
     model, _, _ = loop(cocktail, epochs=2, by_run=True)
     net = host(cocktail, kind=kind).fit(X, Y, epochs=2)
     assert same(model, net.module_)
@@ -215,8 +214,8 @@ def test_after_an_error_the_best_is_one_call_away() -> None:
 
 
 def test_averaged_weights_get_their_statistics_from_the_training_data() -> None:
-    net = host((Mean(0.5), gf.BatchNorm()), max_epochs=2, train_split=None).fit(X, Y)
-    assert torch.equal(net.module_[0].weight.data, ours(net).run.states(Mean)[0][1]["0.weight"])
+    net = host((gf.EMA(0.5, warmup=False), gf.BatchNorm()), max_epochs=2, train_split=None).fit(X, Y)
+    assert torch.equal(net.module_[0].weight.data, ours(net).run.states(gf.EMA)[0][1]["mean.0.weight"])
     before = copy.deepcopy(net.module_)
     gf.recalibrate(net.module_, [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 32, 8)])
     assert torch.equal(before[0].batchnorm.running_mean, net.module_[0].batchnorm.running_mean)
@@ -559,7 +558,7 @@ def test_a_second_may_only_stop(tmp_path: Path) -> None:
     for more in ("L2(0.1)", "EarlyStopping(3), Dropout(0.1)"):
         with pytest.raises(gf.GoodfitError, match=r"A second Regularization may only stop the training, got (L2|Dropout)"):
             pair(tmp_path, more).fit(X, Y)
-    with pytest.raises(gf.GoodfitError, match=r"Mean\(0.2\) averages weights, of which a second"):
+    with pytest.raises(gf.GoodfitError, match=r"EMA\(0\.8, warmup=False\) averages weights, of which a second"):
         pair(tmp_path, "EarlyStopping(3)", AVERAGED).fit(X, Y)
 
 
@@ -568,8 +567,8 @@ def test_a_second_may_only_stop(tmp_path: Path) -> None:
 
 def test_clipping_by_the_host_is_refused_beside_a_gradient_regularizer() -> None:
     clipping = GradientNormClipping(0.1)
-    with pytest.raises(gf.GoodfitError, match=r"GradientNormClipping clips the gradient before Clip\(.*leave the callback"):
-        host((gf.L2(0.1), Clip(0.1)), clipping).fit(X, Y)
+    with pytest.raises(gf.GoodfitError, match=r"GradientNormClipping clips the gradient before ClipNorm\(.*leave the callback"):
+        host((gf.L2(0.1), gf.ClipNorm(0.1)), clipping).fit(X, Y)
     assert len(host("L2(0.1)", clipping, max_epochs=1).fit(X, Y).history) == 1
 
 

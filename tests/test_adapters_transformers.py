@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 import goodfit as gf
 from plain import AVERAGED, COCKTAIL, REST, SEED, STOP, XV, YV, X, Y, adam, loader, net, patience, plain, same, valid_loss
-from toys import Blur, Clip, Flood, Mean, Uphill
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -150,7 +149,7 @@ def test_a_metric_to_maximize(tmp_path: Any) -> None:
 
 
 def test_what_acts_on_batch_and_loss_acts_in_compute_loss(tmp_path: Any) -> None:
-    cocktail = [*COCKTAIL, Blur(0.3), Flood(0.05)]
+    cocktail = [*COCKTAIL, gf.InputNoise(0.3), gf.Flooding(0.05)]
     model, _, scores = plain(cocktail, by_run=True)
     hosted = Model()
     assert train(hosted, regularization(cocktail), folder=tmp_path, kind=InRun).state.epoch == len(scores)
@@ -254,9 +253,9 @@ def test_clipping_by_the_host_beside_penalties(tmp_path: Any) -> None:
 
 
 def test_a_second_gradient_through_the_run(tmp_path: Any) -> None:
-    model = plain([Uphill(0.1), gf.Dropout(0.3)], epochs=2, by_run=True)[0]
+    model = plain([gf.SAM(0.1), gf.Dropout(0.3)], epochs=2, by_run=True)[0]
     hosted = Model()
-    ours = regularization([Uphill(0.1), gf.Dropout(0.3)])
+    ours = regularization([gf.SAM(0.1), gf.Dropout(0.3)])
     train(hosted, ours, folder=tmp_path, kind=InRun, num_train_epochs=2)
     assert same(model, hosted.net)
     assert not same(model, plain("Dropout(0.3)", epochs=2)[0])
@@ -395,7 +394,7 @@ def test_what_had_stopped_stays_stopped_and_goes_on_with_another_patience(tmp_pa
     assert same(plain(MORE)[0], hosted.net)
 
 
-@pytest.mark.parametrize("kinds", [REST, [*REST[:-1], Mean(0.2)]], ids=["batch norms", "averages"])
+@pytest.mark.parametrize("kinds", [REST, [*REST[:-1], gf.EMA(0.8, warmup=False)]], ids=["batch norms", "averages"])
 @pytest.mark.parametrize("restore", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.filterwarnings("ignore:The gradients of several batches:goodfit.GoodfitWarning")
@@ -504,7 +503,7 @@ def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
     ("cocktail", "settings", "reason"),
     [
         (
-            [Clip(0.5)],
+            [gf.ClipNorm(0.5)],
             {"max_grad_norm": 1.0},
             r"TrainingArguments\(max_grad_norm=1\.0\) clips the gradient before",
         ),
@@ -515,9 +514,9 @@ def test_two_early_stoppings_on_one_metric(tmp_path: Any) -> None:
             r"EarlyStopping\(3\) restores the best weights, and so does load_best_model_at_end=True",
         ),
         ("L2(0.1)", {"auto_find_batch_size": True}, r"auto_find_batch_size=True begins train\(\) anew on weights that have"),
-        ([Blur(0.1)], {}, r"Blur acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
-        ([Flood(0.1)], {}, r"Flood acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
-        ([Uphill(0.1)], {}, r"Uphill needs a second gradient, which takes one run\.loss\(x, y\) per step \(seen: 0\)"),
+        ([gf.InputNoise(0.1)], {}, r"InputNoise acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"),
+        ([gf.Flooding(0.1)], {}, r"Flooding acts in run\.loss, which was not called; add: loss = run\.loss\(x, y\)"),
+        ([gf.SAM(0.1)], {}, r"SAM needs a second gradient, which takes one run\.loss\(x, y\) per step \(seen: 0\)"),
     ],
 )
 def test_what_would_be_wrong_is_refused(cocktail: Any, settings: Any, reason: str, tmp_path: Any) -> None:

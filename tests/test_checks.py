@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import goodfit as gf
 from goodfit import EarlyStopping, GoodfitError, Run
 from goodfit.stop import Budget, Evidence, Patience, Reason
-from toys import Mean
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
 Y = X.sum(1, keepdim=True)
@@ -56,7 +55,7 @@ def test_without_averages_the_view_is_the_model_itself() -> None:
 
 
 def test_the_view_holds_the_averages_and_the_training_goes_on_behind_it() -> None:
-    run, optimizer = started(Mean(0.5), EarlyStopping(3))
+    run, optimizer = started(gf.EMA(0.5, warmup=False), EarlyStopping(3))
     first = state(run.model)
     step(run, optimizer)
     second = state(run.model)
@@ -69,7 +68,7 @@ def test_the_view_holds_the_averages_and_the_training_goes_on_behind_it() -> Non
 
 
 def test_the_training_weights_come_back_when_a_validation_fails() -> None:
-    run, optimizer = started(Mean(0.5), EarlyStopping(3), layers=(nn.BatchNorm1d(4),))
+    run, optimizer = started(gf.EMA(0.5, warmup=False), EarlyStopping(3), layers=(nn.BatchNorm1d(4),))
     step(run, optimizer)
     before = state(run.model)
     inside = {}
@@ -152,7 +151,7 @@ def test_a_rollback_goes_on_from_the_best_with_moments_anew() -> None:
 
 
 def test_a_rollback_behind_a_view_reaches_the_training_and_its_average() -> None:
-    run, optimizer = started(Mean(0.5), EarlyStopping(5, nonfinite="rollback"))
+    run, optimizer = started(gf.EMA(0.5, warmup=False), EarlyStopping(5, nonfinite="rollback"))
     step(run, optimizer)
     with run.view():
         run.epoch(1.0)
@@ -167,7 +166,9 @@ def test_a_rollback_behind_a_view_reaches_the_training_and_its_average() -> None
         assert same(best, state(run.model))
 
 
-@pytest.mark.parametrize("cocktail", [(EarlyStopping(3),), (Mean(0.5), EarlyStopping(3))], ids=["plain", "averaged"])
+@pytest.mark.parametrize(
+    "cocktail", [(EarlyStopping(3),), (gf.EMA(0.5, warmup=False), EarlyStopping(3))], ids=["plain", "averaged"]
+)
 def test_the_best_in_a_file_is_the_best_in_memory(tmp_path: Path, cocktail: Any) -> None:
     kept = []
     for options in ({}, {"keep": tmp_path / "best.safetensors"}):

@@ -21,7 +21,6 @@ import goodfit as gf
 from goodfit import L1, L2, BatchNorm, Cocktail, Dropout, EarlyStopping, GoodfitError, Run, WeightDecay, fit
 from goodfit.losses import loss_of
 from goodfit.order import Order
-from toys import Blur
 
 X = torch.rand(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 NUMBERS = X.sum(1).sin() + 0.1
@@ -302,7 +301,7 @@ def test_booleans_are_two_classes() -> None:
 
 
 def test_a_task_says_that_whole_numbers_are_numbers() -> None:
-    found = short(net(), TRAIN_CLASSES, VALID_CLASSES, Blur(0.1), task="numbers", epochs=1)
+    found = short(net(), TRAIN_CLASSES, VALID_CLASSES, gf.InputNoise(0.1), task="numbers", epochs=1)
     with torch.no_grad():
         assert found.score == pytest.approx(F.mse_loss(found.model(X[30:])[:, 0], CLASSES[30:].double()).item())
 
@@ -313,7 +312,7 @@ def test_targets_may_have_another_precision_than_the_model(dtype: torch.dtype) -
     found = short(net().float(), (x[:30], NUMBERS[:30].to(dtype)), (x[30:], NUMBERS[30:].to(dtype)))
     assert math.isfinite(found.score)
     assert loss_of("numbers")(x[:, :1], NUMBERS.to(dtype)).dtype == torch.float32
-    mixed = short(net(3).float(), (x[:30], CLASSES[:30]), (x[30:], CLASSES[30:]), Blur(0.1))
+    mixed = short(net(3).float(), (x[:30], CLASSES[:30]), (x[30:], CLASSES[30:]), gf.InputNoise(0.1))
     assert math.isfinite(mixed.score)
 
 
@@ -384,12 +383,12 @@ def test_class_targets_become_probabilities_for_a_batch_regularizer(y: Tensor) -
         seen.append(y)
         return loss_of("classes")(outputs, y)
 
-    found = short(net(3), (X[:30], y[:30]), (X[30:], y[30:]), Cocktail(Blur(0.2), EarlyStopping(5)), loss=spy, epochs=1)
+    found = short(net(3), (X[:30], y[:30]), (X[30:], y[30:]), Cocktail(gf.InputNoise(0.2), EarlyStopping(5)), loss=spy, epochs=1)
     assert [t.shape for t in seen[:4]] == [(8, 3), (8, 3), (8, 3), (6, 3)]
     assert torch.equal(torch.cat(seen[:4]).sum(1), torch.ones(30))
     assert torch.equal(torch.cat(seen[:4]).argmax(1).bincount(), CLASSES[:30].bincount())
     assert seen[4].dtype == y.dtype  # validation is on the targets as they are
-    again = short(net(3), (X[:30], y[:30]), (X[30:], y[30:]), Cocktail(Blur(0.2), EarlyStopping(5)), epochs=1)
+    again = short(net(3), (X[:30], y[:30]), (X[30:], y[30:]), Cocktail(gf.InputNoise(0.2), EarlyStopping(5)), epochs=1)
     assert same(found.model, again.model)
 
 
@@ -400,7 +399,7 @@ def test_without_a_batch_regularizer_class_targets_stay_whole() -> None:
         seen.append(y.dtype)
         return F.cross_entropy(outputs, y)
 
-    short(net(3), TRAIN_CLASSES, VALID_CLASSES, Blur(0.0), loss=spy, epochs=1)
+    short(net(3), TRAIN_CLASSES, VALID_CLASSES, gf.InputNoise(0.0), loss=spy, epochs=1)
     assert set(seen) == {torch.int64}
 
 

@@ -40,7 +40,7 @@ FLOORS = [
     {"cocktail"},
     {"plan", "hooks", "convert"},
     {"accumulation", "views"},
-    {"beside", "checks"},
+    {"beside", "checks", "uphill"},
     {"run", "checkpoints"},
     {"stack"},
     {"order", "streams"},

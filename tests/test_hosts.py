@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import goodfit as gf
-from toys import Blur
 
 DRAW = torch.Generator().manual_seed(5)
 X = torch.randn(32, 3, generator=DRAW)
@@ -145,8 +144,8 @@ def test_the_weights_are_those_of_the_plain_loop(host: Any, tmp_path: Any) -> No
 
 @every_host
 def test_what_the_hooks_cannot_serve_is_refused_with_the_call_to_add(host: Any, tmp_path: Any) -> None:
-    with pytest.raises(gf.GoodfitError, match=r"Blur acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"):
-        host(gf.L2(0.1), Blur(0.1), folder=tmp_path)
+    with pytest.raises(gf.GoodfitError, match=r"InputNoise acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"):
+        host(gf.L2(0.1), gf.InputNoise(0.1), folder=tmp_path)
 
 
 # Early stopping: the loop of every tutorial

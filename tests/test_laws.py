@@ -22,7 +22,12 @@ from goodfit.noise import Noise
 from goodfit.phases import Batch, Build, Epoch, Finish, Gradient, Loss, Penalty, Regularizer, Report, Step, phases_of
 from goodfit.regularizers import catalogue
 from goodfit.regularizers.attention_dropout import AttentionDropout
+from goodfit.regularizers.confidence_penalty import ConfidencePenalty
 from goodfit.regularizers.drop_path import DropPath
+from goodfit.regularizers.label_smoothing import LabelSmoothing
+from goodfit.regularizers.shake_drop import ShakeDrop
+from goodfit.regularizers.shake_shake import ShakeShake
+from goodfit.regularizers.skip_connections import SkipConnections
 from goodfit.run import Run
 from toys import TOYS
 
@@ -32,6 +37,7 @@ SWITCHED = [kind for kind in ALL.values() if kind.switch()]
 switched = pytest.mark.parametrize("kind", SWITCHED, ids=[k.__name__ for k in SWITCHED])
 
 X, Y = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3), torch.tensor([0.2, -0.1, 0.5, 0.3], dtype=torch.float64)
+P = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)
 W = {"a.weight": torch.tensor([[1.0, -0.4], [0.02, 0.3]], dtype=torch.float64), "b": torch.tensor([0.7], dtype=torch.float64)}
 G = {"a.weight": torch.tensor([[0.3, 0.1], [-0.2, 0.9]], dtype=torch.float64), "b": torch.tensor([-0.5], dtype=torch.float64)}
 B = {"mean": torch.tensor([0.1, 0.2], dtype=torch.float64)}
@@ -51,12 +57,22 @@ class Attention(nn.Module):
 def net(kind: type[Regularizer] = Build) -> nn.Module:
     """A model with a place for a kind of regularizer."""
     torch.manual_seed(3)
-    if kind is DropPath:
+    if kind in (SkipConnections, ShakeShake):
+        plain = nn.Sequential(nn.Linear(3, 8), *(m() for _ in range(2) for m in (nn.Tanh, lambda: nn.Linear(8, 8))), nn.Tanh())
+        plain.append(nn.Linear(8, 1)).double()
+        return plain if kind is SkipConnections else SkipConnections().build(plain, X)
+    if kind in (DropPath, ShakeDrop):
         return nn.Sequential(nn.Linear(3, 8), Residual(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 1)).double()
     if kind is AttentionDropout:
         return nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (4, 2)), Attention(), nn.Flatten(), nn.Linear(8, 1)).double()
     maps = (nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 2, 3, padding=1), nn.SELU(), nn.Conv1d(2, 1, 1), nn.Flatten())
-    return nn.Sequential(nn.Linear(3, 8), nn.SELU(), *maps, nn.Linear(4, 4), nn.SELU(), nn.Linear(4, 1)).double()
+    outputs = 2 if kind in (ConfidencePenalty, LabelSmoothing) else 1
+    return nn.Sequential(nn.Linear(3, 8), nn.SELU(), *maps, nn.Linear(4, 4), nn.SELU(), nn.Linear(4, outputs)).double()
+
+
+def targets(kind: type[Regularizer]) -> torch.Tensor:
+    """What a kind of regularizer can be given as y: probabilities, or reals."""
+    return P if kind in (ConfidencePenalty, LabelSmoothing) else Y
 
 
 def results(one: Regularizer) -> dict[str, torch.Tensor]:
@@ -64,14 +80,18 @@ def results(one: Regularizer) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     state = one.init(W, B)
     if isinstance(one, Batch):
-        out["x"], out["y"] = one.batch(X, Y, Noise(5, "here"))
+        out["x"], out["y"] = one.batch(X, targets(type(one)), Noise(5, "here"))
     if isinstance(one, Loss):
-        out["loss"] = one.loss(torch.tensor(0.05, dtype=torch.float64), X[:, 0], Y)
+        out["loss"] = one.loss(torch.tensor(0.05, dtype=torch.float64), X, Y)
     if isinstance(one, Penalty):
         out["penalty"] = one.penalty(W, state)
         out |= {f"slope.{n}": s for n, s in one.slope(W, state).items()}
     if isinstance(one, Gradient):
-        grads, state = one.gradient(G, W, state, lambda w: {n: 2 * t for n, t in w.items()})
+
+        def again(weights: dict[str, torch.Tensor], epsilon: object = 0.0) -> dict[str, torch.Tensor]:
+            return {n: G[n] + 2 * (w - W[n]) + epsilon for n, w in weights.items()}
+
+        grads, state = one.gradient(G, W, state, again, Noise(5, "here"))
         out |= {f"gradient.{n}": g for n, g in grads.items()}
     if isinstance(one, Step):
         lr = {n: torch.tensor(0.1, dtype=torch.float64) for n in W}
@@ -128,9 +148,9 @@ def test_2_off_is_the_identity(kind: type[Regularizer]) -> None:
     assert off.off
     assert not kind().off
     same = results(off)
-    expected = {"x": X, "y": Y, "loss": torch.tensor(0.05)} | {f"step.{n}": w for n, w in W.items()}
+    expected = {"x": X, "y": targets(kind), "loss": torch.tensor(0.05)} | {f"step.{n}": w for n, w in W.items()}
     expected |= {f"finish.{n}": w + 9 for n, w in W.items()} | {f"finish.{n}": b for n, b in B.items()}
-    expected |= {f"gradient.{n}": 2 * W[n] if getattr(kind, "twice", False) else g for n, g in G.items()}
+    expected |= {f"gradient.{n}": g for n, g in G.items()}
     expected |= {"penalty": torch.tensor(0.0)} | {f"slope.{n}": w * 0 for n, w in W.items()}
     expected |= {f"go.{i}": torch.tensor(True) for i in range(len(SCORES))}
     for name, value in same.items():
@@ -215,11 +235,12 @@ def test_5_shape_dtype_and_device_are_kept(kind: type[Regularizer], dtype: torch
         assert model(X.to(dtype)).dtype == dtype
     moved: dict[str, torch.Tensor] = {}
     if isinstance(one, Batch):
-        moved, weights = {"x": one.batch(X.to(dtype), Y, Noise(1, "x"))[0]}, {"x": X.to(dtype)}
+        weights = {"x": X.to(dtype), "y": targets(kind).to(dtype)}
+        moved = dict(zip("xy", one.batch(weights["x"], weights["y"], Noise(1, "x")), strict=True))
     if isinstance(one, Penalty):
         moved = one.slope(weights, state)
     if isinstance(one, Gradient):
-        moved, _ = one.gradient(grads, weights, state, lambda w: dict(w))
+        moved, _ = one.gradient(grads, weights, state, lambda w, e=None: dict(w), Noise(5, "here"))
     if isinstance(one, Step):
         lr = {n: torch.tensor(0.1, dtype=torch.float64) for n in weights}
         moved, state = one.step(weights, lr, {n: torch.ones_like(w) for n, w in weights.items()}, state)
@@ -233,7 +254,8 @@ def test_5_shape_dtype_and_device_are_kept(kind: type[Regularizer], dtype: torch
 def test_6_a_run_that_is_saved_and_reloaded_goes_on_identically(kind: type[Regularizer]) -> None:
     def start() -> tuple[Run, torch.optim.Optimizer]:
         model = net(kind)
-        run = Run(Cocktail(kind()), model, example=X, task="numbers", seed=11)
+        task = "classes" if kind is LabelSmoothing else "numbers"
+        run = Run(Cocktail(kind()), model, example=X, task=task, seed=11)
         return run, torch.optim.Adam(model.parameters(), lr=0.05)
 
     def train(run: Run, optimizer: torch.optim.Optimizer, scores: tuple[float, ...]) -> list[bool]:
@@ -241,7 +263,7 @@ def test_6_a_run_that_is_saved_and_reloaded_goes_on_identically(kind: type[Regul
         torch.manual_seed(len(scores))  # AttentionDropout draws from torch's generator
         for score in scores:
             for _ in range(3):
-                x, y = run.batch(X, Y)
+                x, y = run.batch(X, targets(kind))
                 optimizer.zero_grad()
                 run.loss(x, y).backward()
                 run.gradient(optimizer)

@@ -20,7 +20,6 @@ import goodfit as gf
 from goodfit import EarlyStopping, GoodfitError, Run, recalibrate
 from nets import Net
 from together import in_two_processes
-from toys import Mean
 
 
 class Block(nn.Module):
@@ -511,9 +510,11 @@ def trained(cocktail: Any, model: nn.Module, x: Tensor, scores: list[float]) -> 
 
 def test_averaged_weights_get_statistics_of_their_own() -> None:
     model, x = mlp(), torch.randn(40, 5)
-    run = trained(Mean(0.05), model, x, [1.0, 0.5])
+    run = trained(gf.EMA(0.95, warmup=False), model, x, [1.0, 0.5])
     before = state(model)
-    with pytest.raises(GoodfitError, match=r"Mean\(0\.05\) averages weights, .*run\.finish\(batches=train_loader\)"):
+    with pytest.raises(
+        GoodfitError, match=r"EMA\(0\.95, warmup=False\) averages weights, .*run\.finish\(batches=train_loader\)"
+    ):
         run.finish()
     assert same(before, state(model))
     with pytest.raises(GoodfitError, match="met NaN"):
@@ -534,7 +535,11 @@ def test_a_restored_snapshot_keeps_its_statistics() -> None:
     assert same(best, run.finish([x]).state_dict())
 
 
-@pytest.mark.parametrize("order", [(Mean(0.05), EarlyStopping(5)), (EarlyStopping(5), Mean(0.05))], ids=["last", "first"])
+@pytest.mark.parametrize(
+    "order",
+    [(gf.EMA(0.95, warmup=False), EarlyStopping(5)), (EarlyStopping(5), gf.EMA(0.95, warmup=False))],
+    ids=["last", "first"],
+)
 def test_what_was_scored_is_what_is_kept_in_any_order(order: Any) -> None:
     model, x = mlp(), torch.randn(40, 5)
     run = trained(order, model, x, [1.0])
@@ -550,13 +555,21 @@ def test_what_was_scored_is_what_is_kept_in_any_order(order: Any) -> None:
 
 
 def test_without_batch_norms_averaging_needs_no_data() -> None:
-    run = trained(Mean(0.05), nn.Sequential(nn.Linear(5, 1)), torch.randn(20, 5), [1.0])
+    run = trained(gf.EMA(0.95, warmup=False), nn.Sequential(nn.Linear(5, 1)), torch.randn(20, 5), [1.0])
     assert isinstance(run.finish(), nn.Module)
 
 
 def test_fit_hands_over_its_training_data() -> None:
     model, x = mlp(), torch.randn(40, 5)
-    gf.fit(model, (x, x.sum(1, keepdim=True)), (x, x.sum(1, keepdim=True)), Mean(0.05), epochs=2, batch_size=12, progress=False)
+    gf.fit(
+        model,
+        (x, x.sum(1, keepdim=True)),
+        (x, x.sum(1, keepdim=True)),
+        gf.EMA(0.95, warmup=False),
+        epochs=2,
+        batch_size=12,
+        progress=False,
+    )
     torch.testing.assert_close(model.eval()(x), as_one_batch(model, x))
 
 

@@ -291,7 +291,7 @@ def test_an_order_that_no_generator_tells_is_refused(tmp_path: Path) -> None:
     [
         ({"checkpoints": 3}, "checkpoints must be a folder or gf.Checkpoints(folder, ...), got a int"),
         ({"checkpoints": "x", "keep": "y"}, "leave keep out"),
-        ({"scheduler": 3}, "scheduler must be a function from the optimizer to a scheduler of torch, got a int"),
+        ({"scheduler": 3}, "or a function from the optimizer to a scheduler of torch, got a int"),
         ({"scheduler": lambda o: 3}, "scheduler must give a scheduler of torch for the optimizer that trains, got a int"),
         ({"scheduler_unit": "batches"}, "scheduler_unit must be 'epochs' or 'steps', got scheduler_unit='batches'"),
         (

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import goodfit as gf
 from goodfit.schedules import linear
-from toys import Blur, Clip, Flood, Mean, Quartic, Uphill
+from toys import Quartic
 
 DRAW = torch.Generator().manual_seed(5)
 X = torch.randn(24, 3, generator=DRAW, dtype=torch.float64)
@@ -28,8 +28,8 @@ FULL = (
     gf.Dropout(0.3),
     gf.BatchNorm(),
     gf.EarlyStopping(2),
-    Clip(0.5),
-    Mean(0.2),
+    gf.ClipNorm(0.5),
+    gf.EMA(0.8, warmup=False),
 )
 OPTIMIZERS = {
     "SGD": lambda p: optim.SGD(p, lr=0.1, momentum=0.9),
@@ -120,7 +120,7 @@ def test_what_the_cocktail_says_happens_in_the_order_of_the_phases() -> None:
     """By hand: slope, clip to 1, decay, SGD with lr 0.1, shrink by 0.1 · 0.2."""
     model = line(1.0, -0.1)
     optimizer = optim.SGD(model.parameters(), lr=0.1)
-    gf.Run(gf.Cocktail(gf.L1(0.2), Clip(1.0), gf.WeightDecay(0.5), gf.L2(2.0)), model).attach(optimizer)
+    gf.Run(gf.Cocktail(gf.L1(0.2), gf.ClipNorm(1.0), gf.WeightDecay(0.5), gf.L2(2.0)), model).attach(optimizer)
     model(torch.tensor([[1.0, 4.2]])).sum().backward()
     optimizer.step()
     w = torch.tensor([1.0, -0.1])
@@ -248,7 +248,7 @@ def test_the_penalty_is_told_apart_from_the_loss() -> None:
 
 
 def test_loss_regularizers_act_on_the_loss_and_batch_regularizers_on_the_batch() -> None:
-    run = gf.Run(gf.Cocktail(Flood(9.0), Blur(0.5)), line(1.0), loss=F.mse_loss)
+    run = gf.Run(gf.Cocktail(gf.Flooding(9.0), gf.InputNoise(0.5)), line(1.0), loss=F.mse_loss)
     x = torch.ones(2, 1)
     assert run.loss(x, torch.zeros(2, 1)).item() == 17.0  # |1 − 9| + 9
     blurred, y = run.batch(x, torch.zeros(2, 1))
@@ -293,10 +293,10 @@ def test_micro_batches_get_masks_of_their_own_and_the_same_ones_again() -> None:
 
 
 def test_batch_noise_differs_between_micro_batches_whoever_computes_the_loss() -> None:
-    run, optimizer = start(Blur(0.5))
+    run, optimizer = start(gf.InputNoise(0.5))
     drawn = [run.batch(X[:6], Y[:6])[0] for _ in range(3)]
     assert not any(torch.equal(drawn[i], drawn[j]) for i in range(3) for j in range(i))
-    fresh, _ = start(Blur(0.5))
+    fresh, _ = start(gf.InputNoise(0.5))
     assert torch.equal(fresh.batch(X[:6], Y[:6])[0], drawn[0])
     run.attach(optimizer)
     run.loss(drawn[0], Y[:6]).backward()
@@ -307,14 +307,14 @@ def test_batch_noise_differs_between_micro_batches_whoever_computes_the_loss() -
 def test_noise_neither_reads_nor_moves_torchs_generator() -> None:
     made = []
     for seed in (1, 2):
-        run, optimizer = start(gf.Dropout(0.5), Blur(0.3))
+        run, optimizer = start(gf.Dropout(0.5), gf.InputNoise(0.3))
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         explicit(run, optimizer)
         assert torch.equal(torch.get_rng_state(), before)
         made.append(run.model)
     assert same(*made)
-    other, optimizer = start(gf.Dropout(0.5), Blur(0.3), seed=5)
+    other, optimizer = start(gf.Dropout(0.5), gf.InputNoise(0.3), seed=5)
     explicit(other, optimizer)
     assert not same(other.model, made[0])
 
@@ -354,7 +354,7 @@ def test_a_schedule_in_epochs_is_refused_where_their_steps_are_unknown() -> None
 
 
 def test_a_resumed_run_draws_the_masks_of_the_whole_one() -> None:
-    cocktail = (gf.Dropout(0.5), gf.L2(linear(0.0, 0.1, steps=6)), Blur(0.1))
+    cocktail = (gf.Dropout(0.5), gf.L2(linear(0.0, 0.1, steps=6)), gf.InputNoise(0.1))
     whole, optimizer = start(*cocktail)
     explicit(whole, optimizer)
     saved = copy.deepcopy((whole.model.state_dict(), optimizer.state_dict(), whole.state_dict()))
@@ -393,11 +393,11 @@ def test_a_run_that_was_killed_after_its_last_epoch_can_still_finish() -> None:
 
 
 def test_what_was_not_called_is_refused_after_a_resume_too() -> None:
-    whole, optimizer = start(Blur(0.1))
+    whole, optimizer = start(gf.InputNoise(0.1))
     explicit(whole, optimizer)
-    again, second = start(Blur(0.1))
+    again, second = start(gf.InputNoise(0.1))
     again.load_state_dict(whole.state_dict())
-    with pytest.raises(gf.GoodfitError, match=r"Blur acts in run\.batch"):
+    with pytest.raises(gf.GoodfitError, match=r"InputNoise acts in run\.batch"):
         hooked(again.attach(second), second)
 
 
@@ -405,19 +405,19 @@ def test_what_was_not_called_is_refused_after_a_resume_too() -> None:
 
 
 def uphill_by_hand(w: Tensor, x: Tensor, y: Tensor, rho: float) -> Tensor:
-    """SAM without its norm on a linear model and squared error: the gradient at w + rho · g(w)."""
+    """SAM on a linear model and squared error: the gradient at w + rho · g(w) / |g(w)|."""
 
     def slope(w: Tensor) -> Tensor:
         return 2 * (x.T @ (x @ w - y)) / len(x)
 
-    return slope(w + rho * slope(w))
+    return slope(w + rho * slope(w) / slope(w).norm())
 
 
 @pytest.mark.parametrize("way", [explicit, closed])
 def test_a_second_gradient_is_taken_uphill_on_the_same_batch(way: Callable) -> None:
     model = line(0.5, -1.0, 2.0)
     w = model[0].weight.detach().clone().T
-    run = gf.Run(Uphill(0.1), model, loss=F.mse_loss)
+    run = gf.Run(gf.SAM(0.1), model, loss=F.mse_loss)
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     if way is closed:
         run.attach(optimizer)
@@ -431,7 +431,7 @@ def test_a_second_pass_uses_the_same_noise_and_leaves_the_statistics_alone() -> 
     seen: dict[str, list[Tensor]] = {}
     runs = {}
     for way in (explicit, closed):
-        run, optimizer = start(gf.BatchNorm(), gf.Dropout(0.5), Blur(0.4), Uphill(0.1))
+        run, optimizer = start(gf.BatchNorm(), gf.Dropout(0.5), gf.InputNoise(0.4), gf.SAM(0.1))
         inputs = seen.setdefault(way.__name__, [])
         run.model[0].register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
         dropped = masks(run)
@@ -444,9 +444,9 @@ def test_a_second_pass_uses_the_same_noise_and_leaves_the_statistics_alone() -> 
         assert run.model[0].batchnorm.num_batches_tracked == 2
         runs[way] = run.model
     assert same(runs[explicit], runs[closed])
-    once, optimizer = start(gf.BatchNorm(), gf.Dropout(0.5), Blur(0.4))
+    once, optimizer = start(gf.BatchNorm(), gf.Dropout(0.5), gf.InputNoise(0.4))
     explicit(once, optimizer, BATCHES[:1])
-    twice, optimizer = start(gf.BatchNorm(), gf.Dropout(0.5), Blur(0.4), Uphill(0.1))
+    twice, optimizer = start(gf.BatchNorm(), gf.Dropout(0.5), gf.InputNoise(0.4), gf.SAM(0.1))
     explicit(twice, optimizer, BATCHES[:1])
     norms = [m[0].batchnorm for m in (once.model, twice.model)]
     assert torch.equal(norms[0].running_mean, norms[1].running_mean)
@@ -457,7 +457,7 @@ def test_a_second_pass_uses_the_same_noise_and_leaves_the_statistics_alone() -> 
 def test_with_the_same_masks_a_step_uphill_of_length_zero_changes_nothing() -> None:
     plain, optimizer = start(gf.Dropout(0.5), gf.BatchNorm())
     explicit(plain, optimizer)
-    uphill, optimizer = start(gf.Dropout(0.5), gf.BatchNorm(), Uphill(linear(0.0, 0.1, steps=10**9)))
+    uphill, optimizer = start(gf.Dropout(0.5), gf.BatchNorm(), gf.SAM(linear(0.0, 0.1, steps=10**9)))
     explicit(uphill, optimizer, BATCHES[:1])
     first, optimizer = start(gf.Dropout(0.5), gf.BatchNorm())
     explicit(first, optimizer, BATCHES[:1])
@@ -465,7 +465,7 @@ def test_with_the_same_masks_a_step_uphill_of_length_zero_changes_nothing() -> N
 
 
 def test_a_second_gradient_leaves_the_other_optimizers_gradients_alone() -> None:
-    run = gf.Run(Uphill(0.1), net(), loss=F.mse_loss)
+    run = gf.Run(gf.SAM(0.1), net(), loss=F.mse_loss)
     first = optim.SGD(run.model[:2].parameters(), lr=0.1)
     run.loss(X, Y).backward()
     before = run.model[2].weight.grad.clone()
@@ -475,14 +475,14 @@ def test_a_second_gradient_leaves_the_other_optimizers_gradients_alone() -> None
 
 @pytest.mark.parametrize("losses", [0, 2])
 def test_a_second_gradient_that_cannot_be_taken_is_refused(losses: int) -> None:
-    run, optimizer = start(Uphill(0.1))
+    run, optimizer = start(gf.SAM(0.1))
     run.attach(optimizer)
     for _ in range(losses):
         run.loss(X, Y).backward()
     if not losses:
         F.mse_loss(run.model(X), Y).backward()
     before = copy.deepcopy(run.model)
-    with pytest.raises(gf.GoodfitError, match=rf"Uphill needs a second gradient.*seen: {losses}.*optimizer\.step\(closure\)"):
+    with pytest.raises(gf.GoodfitError, match=rf"SAM needs a second gradient.*seen: {losses}.*optimizer\.step\(closure\)"):
         optimizer.step()
     assert same(run.model, before)
 
@@ -490,7 +490,7 @@ def test_a_second_gradient_that_cannot_be_taken_is_refused(losses: int) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize(("one", "call"), [(Blur(0.1), "run.batch"), (Flood(0.1), "run.loss")], ids=str)
+@pytest.mark.parametrize(("one", "call"), [(gf.InputNoise(0.1), "run.batch"), (gf.Flooding(0.1), "run.loss")], ids=str)
 def test_what_hooks_cannot_serve_is_refused_at_the_first_step(one: Any, call: str) -> None:
     run, optimizer = start(gf.L2(0.1), one)
     run.attach(optimizer)
@@ -624,7 +624,7 @@ def test_half_of_the_calls_by_hand_is_refused() -> None:
         run.gradient(optimizer)
 
 
-@pytest.mark.parametrize("one", [gf.L1(0.1), gf.L2(0.1), gf.WeightDecay(0.1), Clip(1.0)], ids=str)
+@pytest.mark.parametrize("one", [gf.L1(0.1), gf.L2(0.1), gf.WeightDecay(0.1), gf.ClipNorm(1.0)], ids=str)
 def test_lbfgs_is_refused(one: Any) -> None:
     with pytest.raises(gf.GoodfitError, match="LBFGS"):
         start(one)[0].attach(optim.LBFGS(net().parameters()))
@@ -657,7 +657,7 @@ def test_an_optimizer_that_unscales_inside_its_step_is_refused() -> None:
 def test_a_scaler_that_unscales_before_the_step_is_served() -> None:
     made = []
     for scaled in (False, True):
-        run, optimizer = start(gf.L2(0.1), gf.L1(1e-3), Clip(0.5))
+        run, optimizer = start(gf.L2(0.1), gf.L1(1e-3), gf.ClipNorm(0.5))
         run.attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
         for x, y in [*BATCHES, (X * torch.inf, Y)] if scaled else BATCHES:  # the scaler skips what is not finite
@@ -684,9 +684,9 @@ def test_decaying_twice_is_warned_of() -> None:
 
 
 def test_integer_targets_are_refused_where_a_batch_regularizer_would_mix_them() -> None:
-    run, _ = start(Blur(0.1))
+    run, _ = start(gf.InputNoise(0.1))
     with pytest.raises(
-        gf.GoodfitError, match=r"Blur needs y as probabilities or reals, got torch.int64 of shape \(3,\).*one_hot"
+        gf.GoodfitError, match=r"InputNoise needs y as probabilities or reals, got torch.int64 of shape \(3,\).*one_hot"
     ):
         run.batch(X[:3], torch.tensor([0, 1, 2]))
     run, _ = start(gf.L2(0.1))

@@ -23,7 +23,6 @@ from goodfit.loop import evaluate, mean_and_stderr
 from goodfit.losses import loss_of, rowwise
 from goodfit.order import Order
 from goodfit.stop import Budget, Divergence, Evidence, Patience, Reason
-from toys import Blur, Mean
 
 X = torch.rand(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 Y = X.sum(1).sin() + 0.1
@@ -232,7 +231,15 @@ def test_a_buffer_that_is_not_restored_is_named_where_the_score_is_another() -> 
         short(Counting(False), cocktail=EarlyStopping(2), epochs=30)
 
 
-@pytest.mark.parametrize("mix", [(Mean(0.2), EarlyStopping(2)), (EarlyStopping(2), Mean(0.2)), (Mean(0.2),)], ids=repr)
+@pytest.mark.parametrize(
+    "mix",
+    [
+        (gf.EMA(0.8, warmup=False), EarlyStopping(2)),
+        (EarlyStopping(2), gf.EMA(0.8, warmup=False)),
+        (gf.EMA(0.8, warmup=False),),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("norm", [False, True])
 def test_an_average_is_what_is_scored_and_what_is_kept(mix: Any, norm: bool) -> None:
     """Beside a loop by hand that holds the average, its batch norms recalibrated, and the best of those."""
@@ -321,7 +328,7 @@ def test_an_interval_of_checks_is_a_count() -> None:
 def test_workers_that_persist_cannot_be_asked_twice_at_a_time() -> None:
     loader = DataLoader(TensorDataset(*TRAIN), batch_size=8, num_workers=1, persistent_workers=True)
     with pytest.raises(GoodfitError, match="would begin the epoch anew; make the loader with persistent_workers=False"):
-        short(net(), loader, VALID, Cocktail(Mean(0.2), EarlyStopping(3)), check_every=3)
+        short(net(), loader, VALID, Cocktail(gf.EMA(0.8, warmup=False), EarlyStopping(3)), check_every=3)
 
 
 def test_a_standard_error_is_over_rows_or_over_batches() -> None:
@@ -413,7 +420,9 @@ def test_two_early_stoppings_on_one_metric_keep_to_themselves() -> None:
         assert found.score == pytest.approx(min(row["valid_loss"] for row in found.history), rel=1e-12)
 
 
-@pytest.mark.parametrize("mix", [Cocktail(EarlyStopping(2)), Cocktail(Mean(0.3), EarlyStopping(3, unit="checks"), BatchNorm())])
+@pytest.mark.parametrize(
+    "mix", [Cocktail(EarlyStopping(2)), Cocktail(gf.EMA(0.7, warmup=False), EarlyStopping(3, unit="checks"), BatchNorm())]
+)
 def test_a_run_that_is_resumed_at_any_check_stops_and_keeps_alike(mix: Any) -> None:
     def course(resume: int | None) -> tuple[list[float], str, dict[str, Tensor]]:
         model = net()
@@ -461,8 +470,8 @@ def test_a_file_keeps_what_memory_would(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["steps", "epochs"])
 @pytest.mark.parametrize("wrap", [lambda *pair: pair, TensorDataset, Pairs], ids=["tensors", "TensorDataset", "Dataset"])
 def test_a_refit_is_a_fit_on_all_rows_for_the_number_found(how: str, wrap: Any) -> None:
-    found = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), Blur(0.1), Dropout(0.2)), epochs=40, refit=how)
-    alone = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), Blur(0.1), Dropout(0.2)), epochs=40)
+    found = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), gf.InputNoise(0.1), Dropout(0.2)), epochs=40, refit=how)
+    alone = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), gf.InputNoise(0.1), Dropout(0.2)), epochs=40)
     assert same(found.validated.state_dict(), alone.model.state_dict())
     assert (found.score, found.history[-1]["step"]) == (alone.score, alone.history[-1]["step"])
     assert found.score == pytest.approx(scored(found.validated), rel=1e-12)
@@ -470,7 +479,7 @@ def test_a_refit_is_a_fit_on_all_rows_for_the_number_found(how: str, wrap: Any) 
     steps = enough if how == "steps" else enough // 4 * 5
     assert f"for the {enough // 4 if how == 'epochs' else enough} {how} of the kept weights" in found.refit
     model = net()
-    run = Run(Cocktail(EarlyStopping(math.inf), Blur(0.1), Dropout(0.2)), model, example=X[:8], task="numbers")
+    run = Run(Cocktail(EarlyStopping(math.inf), gf.InputNoise(0.1), Dropout(0.2)), model, example=X[:8], task="numbers")
     optimizer, order, done = SGD(model.parameters()), Order(40, 8, shuffle=True), 0
     while done < steps:
         for rows in order:
@@ -486,9 +495,9 @@ def test_a_refit_is_a_fit_on_all_rows_for_the_number_found(how: str, wrap: Any) 
 
 
 def test_a_refit_of_an_edited_model_with_averages_and_batch_norms() -> None:
-    mix = Cocktail(BatchNorm(), Dropout(0.2), Mean(0.3), EarlyStopping(3))
-    found = short(net(), cocktail=mix, epochs=20, refit="epochs", seed=3)
-    alone = short(net(), BOTH, VALID, Cocktail(*tuple(mix)[:3]), epochs=found.kept["epoch"], seed=3)
+    mix = Cocktail(BatchNorm(), Dropout(0.2), gf.EMA(0.7, warmup=False), EarlyStopping(3))
+    found = short(net(), cocktail=mix, epochs=20, refit="epochs", seed=4)
+    alone = short(net(), BOTH, VALID, Cocktail(*tuple(mix)[:3]), epochs=found.kept["epoch"], seed=4)
     assert same(found.model.state_dict(), alone.model.state_dict())
     assert scored(found.validated) == pytest.approx(found.score, rel=1e-12)
 

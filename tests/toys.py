@@ -67,13 +67,13 @@ class Clip(Gradient):
 
     Formula: g · min(1, norm/|g|). Phase: Gradient. Numbers: norm > 0, off at inf. Errors: none. Source: this test.
 
-    >>> Clip(1.0).gradient({"w": torch.tensor([3.0, 4.0])}, {}, {}, None)[0]["w"]
+    >>> Clip(1.0).gradient({"w": torch.tensor([3.0, 4.0])}, {}, {}, None, None)[0]["w"]
     tensor([0.6000, 0.8000])
     """
 
     norm: float = hyper(1.0, valid="(0, inf]", off=math.inf, low=1e-2, high=10.0, log=True)
 
-    def gradient(self, grads: Any, weights: Any, state: Any, again: Any) -> Any:
+    def gradient(self, grads: Any, weights: Any, state: Any, again: Any, noise: Any) -> Any:
         length = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
         return {n: g * (self.norm / length).clamp(max=1) for n, g in grads.items()}, state
 
@@ -84,7 +84,7 @@ class Uphill(Gradient):
 
     Formula: g(w + rho · g). Phase: Gradient. Numbers: rho >= 0, off at 0. Errors: none. Source: this test.
 
-    >>> Uphill(0.1).gradient({"w": torch.ones(1)}, {"w": torch.zeros(1)}, {}, lambda w: w)[0]["w"]
+    >>> Uphill(0.1).gradient({"w": torch.ones(1)}, {"w": torch.zeros(1)}, {}, lambda w: w, None)[0]["w"]
     tensor([0.1000])
     """
 
@@ -92,7 +92,7 @@ class Uphill(Gradient):
 
     rho: float = hyper(0.05, valid="[0, inf)", off=0.0, low=1e-3, high=1.0, log=True)
 
-    def gradient(self, grads: Any, weights: Any, state: Any, again: Any) -> Any:
+    def gradient(self, grads: Any, weights: Any, state: Any, again: Any, noise: Any) -> Any:
         return again({n: weights[n] + self.rho * grads[n] for n in grads}), state
 
 

@@ -41,19 +41,34 @@ if TYPE_CHECKING:
     from goodfit.paths.result import Path as Path
     from goodfit.regularizers.alpha_dropout import AlphaDropout as AlphaDropout
     from goodfit.regularizers.attention_dropout import AttentionDropout as AttentionDropout
+    from goodfit.regularizers.averaging import EMA as EMA, SWA as SWA, Lookahead as Lookahead
     from goodfit.regularizers.batchnorm import BatchNorm as BatchNorm
     from goodfit.regularizers.channel_dropout import ChannelDropout as ChannelDropout
+    from goodfit.regularizers.clipping import ClipNorm as ClipNorm, ClipValue as ClipValue
+    from goodfit.regularizers.confidence_penalty import ConfidencePenalty as ConfidencePenalty
     from goodfit.regularizers.constraints import MaxNorm as MaxNorm
+    from goodfit.regularizers.cut_out import CutOut as CutOut
     from goodfit.regularizers.drop_block import DropBlock as DropBlock
     from goodfit.regularizers.drop_connect import DropConnect as DropConnect
     from goodfit.regularizers.drop_path import DropPath as DropPath
     from goodfit.regularizers.dropout import Dropout as Dropout
     from goodfit.regularizers.early_stopping import EarlyStopping as EarlyStopping
+    from goodfit.regularizers.flooding import Flooding as Flooding
     from goodfit.regularizers.gaussian_dropout import GaussianDropout as GaussianDropout
+    from goodfit.regularizers.gradient_noise import GradientNoise as GradientNoise
     from goodfit.regularizers.group_lasso import GroupLasso as GroupLasso
     from goodfit.regularizers.input_dropout import InputDropout as InputDropout
+    from goodfit.regularizers.input_noise import InputNoise as InputNoise
+    from goodfit.regularizers.label_smoothing import LabelSmoothing as LabelSmoothing
+    from goodfit.regularizers.mixing import CutMix as CutMix, MixUp as MixUp
+    from goodfit.regularizers.orthogonal import Orthogonal as Orthogonal
+    from goodfit.regularizers.sharpness import FGSM as FGSM, SAM as SAM
+    from goodfit.regularizers.shake_drop import ShakeDrop as ShakeDrop
+    from goodfit.regularizers.shake_shake import ShakeShake as ShakeShake
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
+    from goodfit.regularizers.skip_connections import SkipConnections as SkipConnections
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet
+    from goodfit.regularizers.spectral_norm import SpectralNorm as SpectralNorm
     from goodfit.run import Run as Run
     from goodfit.sampling.dropping import mc_dropout as mc_dropout
     from goodfit.sampling.predict import mc_predict as mc_predict

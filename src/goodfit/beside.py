@@ -15,14 +15,15 @@ from goodfit.accumulation import watch_accumulation
 from goodfit.blocks import Block, block_of, blocks
 from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hooks import lacking
-from goodfit.phases import Gradient, Penalty, State, Step
+from goodfit.noise import Noise
+from goodfit.phases import Again, Gradient, Penalty, State, Step
 from goodfit.plan import Plan
 from goodfit.regularizers.shrinkage import L2, L2SP, WeightDecay
 from goodfit.tensors import load_tensors
 
 __all__ = ["Beside"]
 
-Redo = Callable[[], Any]
+Redo = Callable[..., Any]
 
 
 class Beside:
@@ -54,23 +55,27 @@ class Beside:
         """Act on the gradients; `redo` runs backward on the same batch once more."""
         live = {n: p for n, p in self._names(optimizer).items() if p.grad is not None}
         self._live[id(optimizer)] = live
-        uphill = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
+        climbing = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
+        self._add_slopes(live, climbing)
+        for key, one in self.plan.of(Gradient):
+            grads = {n: _grad(p, n) for n, p in live.items()}
+            weights = {n: p.detach() for n, p in live.items()}
+            again, noise = self._again(live, climbing, redo), Noise(self.plan.seed, key, self.plan.clock.step)
+            grads, self.plan.states[key] = one.gradient(grads, weights, self.plan.states[key], again, noise)
+            for name, new in grads.items():
+                _grad(live[name], name).copy_(new)
+        self._move(optimizer, "before")
+
+    def _add_slopes(self, live: dict[str, nn.Parameter], climbing: set[int]) -> None:
+        """The gradients of all penalties, at the weights of now."""
         for key, one in self.plan.of(Penalty):
-            names = [n for n in self.plan.chosen[key] if n in live]
+            names = [n for n in self.plan.chosen[key] if n in live and live[n].grad is not None]
             weights = {n: live[n].detach() for n in names}
             grads = {n: _grad(live[n], n) for n in names}
             for part, block, state in _pieces(one, weights, grads, self.plan.states[key]):
                 for name, slope in one.slope(part, state).items():
                     grad = block_of(grads[name], block, grads[name])
-                    grad.add_(slope, alpha=-1 if id(live[name]) in uphill else 1)
-        for key, one in self.plan.of(Gradient):
-            grads = {n: _grad(p, n) for n, p in live.items()}
-            weights = {n: p.detach() for n, p in live.items()}
-            again = self._again(live, redo)
-            grads, self.plan.states[key] = one.gradient(grads, weights, self.plan.states[key], again)
-            for name, new in grads.items():
-                _grad(live[name], name).copy_(new)
-        self._move(optimizer, "before")
+                    grad.add_(slope, alpha=-1 if id(live[name]) in climbing else 1)
 
     def awaits(self, optimizer: Optimizer) -> bool:
         """Whether `before_step` has acted and `after_step` has not."""
@@ -105,10 +110,10 @@ class Beside:
                 if not one.elementwise:
                     self.plan.states[key] = new
 
-    def _again(self, live: dict[str, nn.Parameter], redo: Redo) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        """The gradient of the same batch with the same noise at other weights; the model is afterwards as it was."""
+    def _again(self, live: dict[str, nn.Parameter], climbing: set[int], redo: Redo) -> Again:
+        """The gradient of the same objective with the same noise at other weights; the model is afterwards as it was."""
 
-        def again(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def again(weights: Mapping[str, Tensor], epsilon: Any = None) -> dict[str, Tensor]:
             kept = {n: b.clone() for n, b in self.plan.model.named_buffers()}
             before = {n: p.detach().clone() for n, p in live.items()}
             held = [(p, p.grad) for p in self.plan.model.parameters()]  # of other optimizers too
@@ -117,7 +122,8 @@ class Beside:
                 p.grad = None
             self.plan.clock.rewind()
             with torch.enable_grad():
-                redo()
+                redo() if epsilon is None else redo(epsilon)
+            self._add_slopes(live, climbing)
             found = any(p.grad is not None for p in live.values())
             grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in live.items()}
             for p, grad in held:

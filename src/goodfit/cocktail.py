@@ -28,10 +28,7 @@ _VALUES: dict[str, Any] = {
 _CRITERIA = {kind.__name__: kind for kind in stop.CRITERIA}
 _CALLS: dict[str, Callable[..., Any]] = {
     "named": where.named,
-    "linear": schedules.linear,
-    "curriculum": schedules.curriculum,
-    "early": schedules.early,
-    "late": schedules.late,
+    **schedules.BY_NAME,
     "heads": groups.heads,
     "custom": groups.custom,
     "adaptive": factors.adaptive,

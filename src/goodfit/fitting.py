@@ -25,18 +25,14 @@ from goodfit.learning_rates import MakeScheduler, refuse_scheduler
 from goodfit.logs import Logger
 from goodfit.loop import LossFunction
 from goodfit.phases import Regularizer
-from goodfit.preparation import (
-    MakeOptimizer,
-    home_of,
-    refuse_file,
-    refuse_numbers,
-)
+from goodfit.preparation import MakeOptimizer, home_of, refuse_file, refuse_numbers
 from goodfit.processes import alike, rank, refuse_apart, together, world
 from goodfit.progress import Progress
 from goodfit.recipe import Recipe
 from goodfit.refitting import beginning, joined_data, refuse_refit, steps_for, train_for, without_stopping
 from goodfit.rescored import otherwise
 from goodfit.resuming import as_checkpoints, of_refit, resume
+from goodfit.schedules.schedule import Schedule
 from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import training as training_mode
 from goodfit.tensors import put
@@ -86,7 +82,7 @@ def fit(
     check_every: int | None = None,
     keep: str | Path | None = None,
     refit: str | None = None,
-    scheduler: LRScheduler | MakeScheduler | None = None,
+    scheduler: LRScheduler | MakeScheduler | Schedule | None = None,
     scheduler_unit: str = "epochs",
     checkpoints: str | Path | Checkpoints | None = None,
     compute: Compute | None = None,
@@ -103,12 +99,12 @@ def fit(
     where the model goes, else where it is. progress: None shows a bar on a terminal. check_every: so many optimizer steps
     from one validation to the next, and one behind the last, in place of an epoch. keep: a file for the best weights, in
     place of memory. refit: "steps" or "epochs": train the model anew on train and valid, for as many as the weights took that
-    are kept. scheduler: of the learning rate, a function from the optimizer to one of torch, which steps behind each of
-    its scheduler_unit, "epochs" or "steps"; ReduceLROnPlateau at each check. checkpoints: a folder in which the training is
-    saved, or `gf.Checkpoints(folder, ...)`; what is saved there already goes on, to the same bits. compute: `gf.Compute`, the
-    precision, batches in a step, and the like. nonfinite: what a step does whose loss, gradients or batch statistics are not
-    finite: it is not taken, its first such number is named, and it ends the training ("stop", as a stop behind the first check,
-    or "raise"), or is left out ("skip"), or the model goes back to the best so far ("rollback").
+    are kept. scheduler: of the learning rate, of gf.schedules or a function from the optimizer to one of torch, which steps
+    behind each of its scheduler_unit, "epochs" or "steps"; ReduceLROnPlateau at each check. checkpoints: a folder in which the
+    training is saved, or `gf.Checkpoints(folder, ...)`; what is saved there already goes on, to the same bits. compute:
+    `gf.Compute`, the precision, batches in a step, and the like. nonfinite: what a step does whose loss, gradients or batch
+    statistics are not finite: it is not taken, its first such number is named, and it ends the training ("stop", as a stop
+    behind the first check, or "raise"), or is left out ("skip"), or the model goes back to the best so far ("rollback").
     logs: of `gf.logs`, or any with a method log(row): they get the row of each check.
 
     Ctrl-C ends the training behind its step as a stop does, without a refit; a second one at once. Any other error passes

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 from goodfit.errors import GoodfitError
-from goodfit.schedules import Schedule
+from goodfit.schedules.schedule import Schedule
 
 __all__ = ["Hyper", "hyper", "hypers", "lifted", "plain", "validate"]
 

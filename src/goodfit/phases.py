@@ -20,26 +20,15 @@ from torch import Tensor, nn
 from goodfit.errors import GoodfitError
 from goodfit.hyper import hypers, lifted, validate
 from goodfit.noise import Noise
-from goodfit.schedules import Schedule
+from goodfit.schedules.schedule import Schedule
 from goodfit.where import Where
 
-__all__ = [
-    "PHASES",
-    "Batch",
-    "Build",
-    "Epoch",
-    "Finish",
-    "Gradient",
-    "Loss",
-    "Penalty",
-    "Regularizer",
-    "Report",
-    "Step",
-    "phases_of",
-]
+__all__ = ["PHASES", "Batch", "Build", "Epoch", "Finish", "Gradient", "Loss", "Penalty", "Regularizer", "Report", "Step"]
+__all__ += ["Again", "phases_of"]
 
 Weights = Mapping[str, Tensor]
 State = dict[str, Tensor]
+Again = Callable[..., dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -169,13 +158,20 @@ class Gradient(Regularizer):
     """Gradients → gradients, between backward and the optimizer's step."""
 
     twice: ClassVar[bool] = False
-    """Whether it asks for a second gradient."""
+    """Whether it asks for a second gradient, once."""
+
+    uphill: ClassVar[bool] = False
+    """Whether that one is at inputs moved along their gradient, so that inputs need one."""
 
     @abstractmethod
     def gradient(
-        self, grads: Weights, weights: Weights, state: State, again: Callable[[Weights], dict[str, Tensor]]
+        self, grads: Weights, weights: Weights, state: State, again: Again, noise: Noise
     ) -> tuple[dict[str, Tensor], State]:
-        """Change `grads`; `again(weights)` is the gradient of the same batch, with the same noise, at other weights."""
+        """Change `grads`.
+
+        `again(weights)` is the gradient of the objective on the same batch, with the same noise, at other weights;
+        `again(weights, epsilon)` that at inputs, too, that are moved by epsilon along the sign of their gradient.
+        """
 
 
 class Step(Regularizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, listed
 from goodfit.noise import Clock, Noisy
-from goodfit.phases import Build, Epoch, Penalty, Regularizer, State, Step
+from goodfit.phases import Build, Epoch, Gradient, Penalty, Regularizer, State, Step
 from goodfit.processes import rank
 from goodfit.surgery.snapshot import Snapshot
 from goodfit.tensors import below, matched, tensors_of
@@ -29,6 +30,7 @@ class Plan:
         self.model, self.seed, self.apart = model, seed, apart
         self.clock = Clock()
         self.active = {f"{i}.{type(r).__name__}": r for i, r in enumerate(cocktail) if not r.off}
+        _refuse_lost([one for one in self.active.values() if isinstance(one, Gradient)])
         for one in self.active.values():
             one.at(0)  # a schedule in epochs is refused here, not at the first step
         self.chosen: dict[str, list[str]] = {}
@@ -38,6 +40,11 @@ class Plan:
     def of(self, phase: type[Any]) -> list[tuple[str, Any]]:
         """The active regularizers of one phase with the numbers of now, in written order."""
         return [(key, r.at(self.clock.step)) for key, r in self.active.items() if isinstance(r, phase)]
+
+    @property
+    def uphill(self) -> bool:
+        """Whether inputs need a gradient."""
+        return any(one.uphill for _, one in self.of(Gradient))
 
     def prepare(self, example: Any) -> None:
         """Build now, or with the first batch that the model sees where nobody gave an example."""
@@ -143,3 +150,13 @@ class Plan:
         self.clock.step = int(new["step"])
         self._bind()
         self._tune()
+
+
+def _refuse_lost(acting: list[Gradient]) -> None:
+    """A second gradient takes the place of the first, and of all that was made of it."""
+    for before, one in pairwise(acting):
+        if one.twice:
+            raise GoodfitError(
+                f"{type(one).__name__} asks for a second gradient, so what {type(before).__name__} does to the first would be "
+                f"lost; write {type(one).__name__} before it" + (", or leave one of them out." if before.twice else ".")
+            )

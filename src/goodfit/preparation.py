@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from goodfit.hyper import hypers
 from goodfit.loop import LossFunction, Prepare
 from goodfit.phases import Batch, Regularizer
 from goodfit.regularizers.early_stopping import EarlyStopping
-from goodfit.schedules import Schedule
+from goodfit.schedules.schedule import Schedule
 from goodfit.surgery.running import call_model, evaluating
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "refuse_file",
     "refuse_maximizing",
     "refuse_numbers",
+    "steps_of",
 ]
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -99,12 +101,16 @@ def optimizer_for(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> 
     return made
 
 
-def in_steps(cocktail: Cocktail, training: Any) -> Cocktail:
-    """The cocktail with all schedules in steps: a fit knows how many an epoch has."""
+def steps_of(training: Any, accumulate: int) -> int | None:
+    """How many steps an epoch has, None where its batches have no length, as those of an iterable dataset."""
     try:
-        steps = len(training)
-    except TypeError:  # an iterable dataset has no length
-        steps = None
+        return math.ceil(len(training) / accumulate)
+    except TypeError:
+        return None
+
+
+def in_steps(cocktail: Cocktail, steps: int | None) -> Cocktail:
+    """The cocktail with all schedules in steps."""
 
     def resolved(one: Regularizer) -> Regularizer:
         moving = {name: getattr(one, name) for name, _ in hypers(one) if isinstance(getattr(one, name), Schedule)}

@@ -27,12 +27,13 @@ from goodfit.logs import Told
 from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.noise import Noise
-from goodfit.preparation import MakeOptimizer, as_reals, averaged, in_steps, optimizer_for, refuse_maximizing
+from goodfit.preparation import MakeOptimizer, as_reals, averaged, in_steps, optimizer_for, refuse_maximizing, steps_of
 from goodfit.processes import most, rank, world
 from goodfit.progress import Progress
 from goodfit.regularizers.batchnorm import BatchNorm
 from goodfit.rollback import back_to_best, refuse_rollback
 from goodfit.run import Run
+from goodfit.schedules.schedule import Schedule
 from goodfit.small_batches import merged_for_norms, refuse_single_values
 from goodfit.stepping import Stepping
 from goodfit.surgery.running import training as training_mode
@@ -49,7 +50,7 @@ class Recipe:
     loss: LossFunction | None
     task: str | None
     optimizer: Optimizer | MakeOptimizer | None
-    scheduler: LRScheduler | MakeScheduler | None
+    scheduler: LRScheduler | MakeScheduler | Schedule | None
     scheduler_unit: str
     seed: int
     home: torch.device
@@ -70,7 +71,8 @@ class Recipe:
         with training_mode(model):
             if by_batch(model) or any(self.cocktail.of(BatchNorm)):
                 train = merged_for_norms(train, "train", each=2 if self._alone(model) else 1)
-        mix = in_steps(self.cocktail, train if epoch is None else epoch)
+        steps = steps_of(train if epoch is None else epoch, self.compute.accumulate)
+        mix = in_steps(self.cocktail, steps)
         refuse_maximizing(mix)
         refuse_rollback(self.nonfinite, mix, self.keep)
         measure = averaged(loss)
@@ -80,7 +82,7 @@ class Recipe:
         with training_mode(model):
             if most(len(y) == 1):
                 refuse_single_values(model, x)
-        schedule = scheduling(self.scheduler, self.scheduler_unit, optimizer)
+        schedule = scheduling(self.scheduler, self.scheduler_unit, optimizer, steps)
         if world() > 1:  # masks of torch's own dropout differ from process to process
             torch.manual_seed(Noise(self.seed, "process", rank()).generator().initial_seed())
         guard = Guard(model, self.nonfinite, partial(back_to_best, run, optimizer))

@@ -35,6 +35,7 @@ from goodfit.processes import rank, world
 from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import call_model
 from goodfit.tensors import refuse_no_state
+from goodfit.uphill import uphill, watched
 from goodfit.views import Views
 
 __all__ = ["Run"]
@@ -99,6 +100,8 @@ class Run:
         if self._loss is None:
             raise GoodfitError("run.loss needs a loss function: Run(cocktail, model, loss=f) or task='classes' or 'numbers'.")
         self._plan.build_if_waiting(x)
+        if self.model.training and self._plan.uphill:
+            x = watched(x)
         outputs = call_model(self.model if through is None else through, x)
         loss = self._loss(outputs, y)
         for _, one in self._plan.of(Loss):
@@ -199,7 +202,7 @@ class Run:
     def before_step(self, optimizer: Optimizer, redo: Callable[[], Any] | None) -> None:
         """`gradient` for the hooks; `redo` is the loop's closure, where it has one."""
         self._ready(optimizer, redo)
-        self._beside.before_step(optimizer, redo or self._redo)
+        self._beside.before_step(optimizer, self._redo if redo is None or self._plan.uphill else redo)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """`step` for the hooks."""
@@ -210,10 +213,10 @@ class Run:
         """Forget the batches of a step that is not taken."""
         self._micro.clear()
 
-    def _redo(self) -> None:
-        x, y, through = self._micro[0]
-        torch.autograd.backward(self.loss(x, y, through=through))
-        self._micro[:] = [(x, y, through)]
+    def _redo(self, epsilon: Any = None) -> None:
+        x, y, through = first = self._micro[0]
+        torch.autograd.backward(self.loss(x if epsilon is None else uphill(x, epsilon), y, through=through))
+        self._micro[:] = [first]
 
     def _micro_batch(self) -> int:
         """Which batch of this step this is; a second gradient counts them once more."""
@@ -233,10 +236,11 @@ class Run:
         elif not self._beside.covered:
             self._beside.cover()
         for _, one in self._plan.of(Gradient):
-            if one.twice and redo is None and len(self._micro) != 1:
+            if one.twice and (redo is None or one.uphill) and len(self._micro) != 1:
+                closure = ("", "") if one.uphill else (" or a closure", ", or optimizer.step(closure)")
                 raise GoodfitError(
                     f"{type(one).__name__} needs a second gradient, which takes one run.loss(x, y) per step (seen: "
-                    f"{len(self._micro)}) or a closure; add: loss = run.loss(x, y), or optimizer.step(closure)."
+                    f"{len(self._micro)}){closure[0]}; add: loss = run.loss(x, y){closure[1]}."
                 )
         if "ready" not in self._seen:
             for phase, call, line in ((Batch, "batch", "x, y = run.batch(x, y)"), (Loss, "loss", "loss = run.loss(x, y)")):

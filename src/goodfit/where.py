@@ -179,7 +179,7 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, str]]:
             name, owner, within = (f"{path}.{local}" if path else local), module, local
             if isinstance(module, ParametrizationList):
                 owner_path, _, weight = path.rpartition("parametrizations.")
-                whole = max(parameter.shape, default=1) < parameter.numel()
+                whole = local == "original" or max(parameter.shape, default=1) < parameter.numel()  # of several, a length
                 owner, within = modules[owner_path.rstrip(".")], weight if whole else ""
             parent_path, _, child = path.rpartition(".")
             parent = modules.get(parent_path)

@@ -1,4 +1,4 @@
-"""What all layers share that draw masks: a rate and a seed that no `state_dict` holds."""
+"""What all layers share that draw noise: a seed, and with masks a rate, that no `state_dict` holds."""
 
 from __future__ import annotations
 
@@ -10,24 +10,37 @@ from torch import Tensor, nn
 
 from goodfit.noise import Clock, Noisy
 
-__all__ = ["Seeded"]
+__all__ = ["Drawing", "Seeded", "apart"]
 
 
-class Seeded(Noisy, nn.Module):
-    """A layer with a rate p and a seed.
+class Drawing(Noisy, nn.Module):
+    """A layer with a seed.
 
-    Both are non-persistent buffers, so the model's `state_dict` does not change; they stay on the CPU in full precision
-    wherever the model goes, since they are read as scalars. Under vmap they hold one value per member: so a layer reads the
-    rate as a tensor, and must be the identity where it is 0 without asking whether it is.
+    It is a non-persistent buffer, so the model's `state_dict` does not change; it stays on the CPU in full precision wherever
+    the model goes, since it is read as a scalar.
+    """
+
+    def __init__(self, name: str) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("seed", torch.tensor(0), persistent=False)
+        self.bind(name, 0, Clock())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return self
+
+
+class Seeded(Drawing):
+    """A layer with a seed and a rate p, a buffer of the same kind.
+
+    Under vmap both hold one value per member: so a layer reads the rate as a tensor, and must be the identity where it is 0
+    without asking whether it is.
     """
 
     rate: Tensor
 
     def __init__(self, name: str, p: float = 0.0) -> None:
-        nn.Module.__init__(self)
+        super().__init__(name)
         self.register_buffer("rate", torch.tensor(p, dtype=torch.float64), persistent=False)
-        self.register_buffer("seed", torch.tensor(0), persistent=False)
-        self.bind(name, 0, Clock())
 
     @property
     def p(self) -> float:
@@ -48,5 +61,7 @@ class Seeded(Noisy, nn.Module):
         """The same, with the noise at hand."""
         return x * (1 / (1 - self.rate)) * (noise >= self.rate)  # a product keeps the memory format of x
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return self
+
+def apart(forward: Tensor, backward: Tensor) -> Tensor:
+    """The numbers of one tensor with the gradient of another, both exact."""
+    return forward.detach() + (backward - backward.detach())

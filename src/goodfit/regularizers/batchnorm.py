@@ -140,7 +140,10 @@ def _calibrate(model: nn.Module, hosts: list[nn.Module], layers: list[_BatchNorm
     with ExitStack() as stack:
         stack.enter_context(quiet(model))
         for host, moments in zip(hosts, found, strict=True):
-            hook = host.register_forward_hook(lambda host, args, output, moments=moments: moments.see(output) and None)
+            hook = host.register_forward_hook(
+                lambda host, args, output, moments=moments: moments.see(output) and None,
+                prepend=True,  # ahead of a skip connection that ends there
+            )
             stack.callback(hook.remove)
         call_model(model, example)
     if any(moments.count < 2 for moments in found):

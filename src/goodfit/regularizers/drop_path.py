@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from torch import nn
 
-from goodfit.errors import GoodfitError, GoodfitWarning, listed
 from goodfit.hyper import hyper
-from goodfit.layers.path import SeededDropPath
-from goodfit.phases import Build
-from goodfit.surgery.depth import Branch, branches, rate_name
-from goodfit.surgery.insert import insert_after, refuse_wrappers
-from goodfit.surgery.records import records, remember
-from goodfit.surgery.rows import row_axes
+from goodfit.layers.path import SeededDropPath, SeededShakeDrop
+from goodfit.regularizers.branching import Branching
 from goodfit.where import Where, everything
 
 __all__ = ["DropPath"]
 
 
 @dataclass(frozen=True)
-class DropPath(Build):
+class DropPath(Branching):
     """Drop path, or stochastic depth: in training a row passes by the branch of a residual block with probability p.
 
     Formula: y = x + f(x) · mask / (1 − p_l) with one Bernoulli(1 − p_l) per row in training; y = x + f(x) in eval. With
@@ -50,74 +44,12 @@ class DropPath(Build):
     (SeededDropPath(p=0.2), SeededDropPath(p=0.4))
     """
 
+    made: ClassVar[type[SeededDropPath]] = SeededDropPath
+    child: ClassVar[str] = "drop_path"
+
     p: float = hyper(0.1, valid="[0, 1)", off=0.0, low=0.0, high=0.5)
     where: Where = everything
     linear: bool = True
 
-    def build(self, model: nn.Module, example: Any) -> nn.Module:
-        refuse_wrappers(model, "DropPath")
-        found, blocks = branches(model, example)
-        chosen = [b for b in found if b.module is not None and self.where.holds(b.place, "place")]
-        new = {b.name: b.module for b in chosen if b.module is not None and not b.number}
-        axes = row_axes(model, example, new)
-        usable = [b for b in chosen if b.number or b.name in axes]
-        if not usable:
-            raise self._refusal(model, found, chosen)
-        shares = [self._share(b, blocks) for b in usable]
-        self._tell(found, [b for b in chosen if b not in usable])
-        names = [b.name if b.number else _insert(b, axes[b.name]) for b in usable]
-        remember(model, self._key, dict(zip(names, shares, strict=True)))
-        self.tune(model)
-        return model
-
-    def tune(self, model: nn.Module) -> None:
-        p = self.at(0).p
-        for name, share in records(model).get(self._key, {}).items():
-            layer = model.get_submodule(name)
-            setattr(layer, rate_name(layer), p * share)
-
-    @property
-    def _key(self) -> str:
-        return f"DropPath(where={self.where!r}, linear={self.linear!r})"
-
-    def _share(self, branch: Branch, blocks: int) -> float:
-        if not self.linear:
-            return 1.0
-        if max(branch.depths) - min(branch.depths) >= len(branch.depths):
-            raise GoodfitError(
-                f"DropPath cannot give {branch.name} a rate by its depth, since it runs in blocks {listed(branch.depths, 5)}: "
-                "say linear=False for one rate."
-            )
-        return max(branch.depths) / blocks
-
-    def _refusal(self, model: nn.Module, found: list[Branch], chosen: list[Branch]) -> GoodfitError:
-        kind, places = type(model).__name__, [b.place for b in found if b.module is not None]
-        if not found:
-            return GoodfitError(f"DropPath found no residual addition x + f(x) in {kind}; leave it out of the cocktail.")
-        if not places:
-            return GoodfitError(
-                f"DropPath has no place in {kind}: the branch of each residual addition {found[0].reason}; "
-                "let an nn.Identity return it."
-            )
-        if not chosen:
-            return GoodfitError(f"DropPath matched no branch (where={self.where}); {kind} has: {listed(places)}.")
-        return GoodfitError(
-            f"DropPath cannot tell the rows of {chosen[0].name} in {kind}: no axis of its output follows the number of rows "
-            "alone, or two do; give an example of numbers that differ, with the batch first, or second, of a size that the "
-            "model takes with one row more."
-        )
-
-    def _tell(self, found: list[Branch], rowless: list[Branch]) -> None:
-        left = [f"block {b.depths[0]}, whose branch {b.reason}" for b in found if b.reason]
-        left += [f"{b.name}, whose rows do not show" for b in rowless]
-        if left:
-            shown = "; ".join(left[:5]) + (f"; and {len(left) - 5} more" if len(left) > 5 else "")
-            warnings.warn(f"DropPath leaves out {shown}.", GoodfitWarning, stacklevel=4)
-
-
-def _insert(branch: Branch, axis: int) -> str:
-    host: Any = branch.module
-    child = "inserted_drop_path" if hasattr(host, "drop_path") else "drop_path"
-    name = f"{branch.name}.{child}"
-    insert_after(host, child, SeededDropPath(name, axis=axis))
-    return name
+    def knows(self, layer: nn.Module) -> bool:
+        return not isinstance(layer, SeededShakeDrop)

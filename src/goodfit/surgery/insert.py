@@ -13,6 +13,7 @@ from torch.jit import ScriptModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from goodfit.errors import GoodfitError
+from goodfit.layers.skip import Skip
 from goodfit.surgery.within import Guard
 
 __all__ = [
@@ -48,9 +49,12 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
 
 
 def insert_after(host: nn.Module, name: str, layer: nn.Module) -> None:
-    """Let `layer` act on what `host` returns."""
+    """Let `layer` act on what `host` returns; a skip connection that ends there stays the last, so a norm is in its branch."""
     hang(host, name, layer)
     host.register_forward_hook(_After(name))
+    for key, hook in list(host._forward_hooks.items()):
+        if isinstance(hook, _After) and isinstance(host.get_submodule(hook.name), Skip):
+            host._forward_hooks[key] = host._forward_hooks.pop(key)
 
 
 def insert_before(host: nn.Module, name: str, layer: nn.Module) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from goodfit.errors import GoodfitWarning
+from goodfit.layers.skip import Branch
 from goodfit.surgery.residuals import residuals
+from goodfit.surgery.skips import skips
 from goodfit.surgery.trace import Call, flow
 
 __all__ = ["Place", "norm_places"]
@@ -25,15 +27,16 @@ class Place(NamedTuple):
 
 
 def norm_places(model: nn.Module, example: Any, *, at_branch_ends: bool) -> list[Place]:
-    """Layers whose every use goes straight into an activation; if asked, also those whose every use ends a residual branch."""
+    """Layers whose every use goes straight into an activation, or through a shortcut of ours; if asked, also those whose every
+    use ends a residual branch."""
     calls = flow(model, example)
     gating, uses = _gating(calls), dict[str, list[Call]]()
     for call in calls:
         if isinstance(call.module, nn.Linear | nn.Bilinear | _ConvNd):
             uses.setdefault(call.name, []).append(call)
-    ends = (
-        Counter(r.straight[0] for r in residuals(model, example) if r.module is not None) if at_branch_ends else Counter[str]()
-    )
+    found = residuals(model, example) if at_branch_ends or skips(model) else []
+    kept = [r for r in found if isinstance(r.module, Branch) or (at_branch_ends and r.module is not None)]
+    ends = Counter(r.straight[0].removesuffix(".skip.branch") for r in kept)  # a shortcut may hang at the layer itself
     places = []
     for name, used in uses.items():
         module, shape = used[0].module, used[0].output.shape

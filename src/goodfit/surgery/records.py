@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["records", "remember"]
+__all__ = ["records", "remember", "remember_copy"]
 
 
 def records(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -17,3 +17,11 @@ def remember(model: nn.Module, key: str, shares: dict[str, float]) -> None:
     """Let a regularizer move these rates from now on, and no other."""
     left = {k: {name: share for name, share in names.items() if name not in shares} for k, names in records(model).items()}
     model.__dict__["goodfit_rates"] = left | {key: shares}  # a new dict, so that a snapshot keeps the old one
+
+
+def remember_copy(model: nn.Module, name: str, twin: str) -> None:
+    """Let the rates in a copied module move with those in the one that it is a copy of."""
+    for key, shares in records(model).items():
+        inside = {n: share for n, share in shares.items() if f"{n}.".startswith(f"{name}.")}
+        if inside:
+            remember(model, key, shares | {twin + n.removeprefix(name): share for n, share in inside.items()})

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from goodfit.dataflow.flows import tensors_in
+from goodfit.layers.skip import SKIPS
 from goodfit.noise import Noisy
 from goodfit.surgery.running import call_model, must_run, quiet
 from goodfit.where import KERNELS, NORMS
@@ -74,7 +75,7 @@ def flow(model: nn.Module, example: Any) -> list[Call]:
     with ExitStack() as stack:
         stack.enter_context(quiet(model))
         for name, module in model.named_modules():
-            hook = trace.on(name, _kind_of(module), leaf=_leaf(module) and not isinstance(module, Noisy))
+            hook = trace.on(name, _kind_of(module), leaf=_leaf(module) and not isinstance(module, (Noisy, *SKIPS)))
             if hook is not None:
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         stack.enter_context(trace)
@@ -87,7 +88,7 @@ def flow(model: nn.Module, example: Any) -> list[Call]:
 
 def _leaf(module: nn.Module) -> bool:
     """Whether a module has no modules of its own; layers that we have hung there do not count."""
-    return all(isinstance(child, Noisy) for child in module.children())
+    return all(isinstance(child, (Noisy, *SKIPS)) for child in module.children())
 
 
 def _kind_of(module: nn.Module) -> str:
