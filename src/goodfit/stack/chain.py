@@ -1,7 +1,7 @@
 """K members of one multilayer perceptron, forward and backward by hand.
 
-The results are those of `torch.func.vmap` over `functional_call`, in a fraction of the time: a handful of operations per layer for
-all members, memory that is used again, parts of members that stay in the cache, and one node for autograd.
+The results are those of `torch.func.vmap` over `functional_call`, in a fraction of the time: a handful of operations per layer
+for all members, memory that is used again, parts of members that stay in the cache, and one node for autograd.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ _PART = 2**20
 class Chain:
     """Pieces one after another. Call it with the numbers of all members, of shape (K, ...) each.
 
-    x is (rows, features), the same for all members, or (K, rows, features), where each has its own; what a chain that `flattens`
-    gets may have more axes behind the rows, and own says which of both it is where one row for each could be meant. The outputs,
-    (K, rows, outputs), lie in memory as (K, outputs, rows), in which a loss is several times as fast:
+    x is (rows, features), the same for all members, or (K, rows, features), where each has its own; what a chain that
+    `flattens` gets may have more axes behind the rows, and own says which of both it is where one row for each could be meant.
+    The outputs, (K, rows, outputs), lie in memory as (K, outputs, rows), in which a loss is several times as fast:
     `F.cross_entropy(outputs.mT, ...)` takes them as they lie. Gradients of gradients are not to be had.
     """
 
-    def __init__(self, pieces: Sequence[Piece], features: int, widest: int, flattens: bool, silent: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, pieces: Sequence[Piece], features: int, widest: int, flattens: bool, silent: Sequence[nn.Module]
+    ) -> None:
         self.pieces, self.features, self.widest, self.flattens = tuple(pieces), features, widest, flattens
         self.silent = tuple(silent)
         self.names = tuple(name for piece in pieces for name in piece.names)

@@ -20,8 +20,10 @@ _LOW = -(2**31)
 
 @dataclass(frozen=True)
 class _Draw:
-    """One draw for all members. words have their highest bit flipped: the order of signed numbers is that of unsigned ones then,
-    also after a product with an odd factor."""
+    """One draw for all members.
+
+    words have their highest bit flipped: signed numbers then have the order of unsigned ones, also times an odd factor.
+    """
 
     words: Tensor
     factors: Tensor

@@ -76,9 +76,10 @@ class Norm(Piece):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {(1, x.shape[-2])}")
         draw = self.drop.draw(whole, x) if self.drop else None
         scale = None if draw is None else draw.scale
-        factor, shift = (whole.params[name].unsqueeze(-1) for name in self.names) if self.names else (scale, None)
-        if scale is not None and shift is not None:
-            factor, shift = factor * scale, shift * scale
+        learned = [whole.params[name].unsqueeze(-1) for name in self.names]
+        if scale is not None:
+            learned = [one * scale for one in learned]
+        factor, shift = learned or (scale, None)
         eps = whole.room((self, "eps"), (), x).fill_(self.layer.eps)
         if self.by_batch:
             shape = (whole.members, x.shape[-2], 1)
@@ -109,8 +110,9 @@ class Norm(Piece):
         asked = [wanted, *(gradient is not None for gradient in gradients)]
         if not any(asked):
             return g, free
+        factor = None if known.factor is None else known.factor[part.span]
         step = _by_batch if known.by_batch else _fixed
-        x, *found = step(g, centered, known.inverse[part.span], None if known.factor is None else known.factor[part.span], asked)
+        x, *found = step(g, centered, known.inverse[part.span], factor, asked)
         for gradient, one in zip(gradients, found, strict=True):
             if gradient is not None and one is not None:
                 gradient.copy_(one.view(gradient.shape))
@@ -147,9 +149,7 @@ def _by_batch(
     return (x.view(g.shape) if asked[0] else None), weight, bias
 
 
-def _fixed(
-    g: Tensor, centered: Tensor, inverse: Tensor, factor: Tensor | None, asked: list[bool]
-) -> tuple[Tensor | None, ...]:
+def _fixed(g: Tensor, centered: Tensor, inverse: Tensor, factor: Tensor | None, asked: list[bool]) -> tuple[Tensor | None, ...]:
     return (
         g * (inverse if factor is None else inverse * factor) if asked[0] else None,
         (g * centered).sum(-1, keepdim=True).mul_(inverse) if asked[1] else None,

@@ -41,7 +41,7 @@ class Pass:
         if size >= self.members:
             return [Part(self, 0, slice(0, self.members), self.params)]
         spans = [slice(start, min(start + size, self.members)) for start in range(0, self.members, size)]
-        cut = {name: t.split(size) for name, t in self.params.items()}
+        cut = {name: torch.split(t, size) for name, t in self.params.items()}
         return [
             Part(self, i * self.keeps, span, {name: pieces[i] for name, pieces in cut.items()}) for i, span in enumerate(spans)
         ]
@@ -74,8 +74,8 @@ class Part:
 class Piece(ABC):
     """Takes what flows one step further, and a gradient one step back.
 
-    free says of a tensor that a piece may write on it; each tells the same of what it returns. What is small and can wait for all
-    members is done after the last part.
+    free says of a tensor that a piece may write on it; each tells the same of what it returns. What is small and can wait for
+    all members is done after the last part.
     """
 
     @property

@@ -35,14 +35,14 @@ class _Unknown(Exception):
 def chain_of(model: nn.Module) -> Chain | None:
     """The chain that computes what K copies of `model` do, None where the model is not one of those that are known.
 
-    Known are nn.Sequential, also nested, of Linear, BatchNorm1d, activations without parameters, a Flatten before the first layer,
-    Identity, and what BatchNorm, Dropout and InputDropout insert; torch's own Dropout as long as it does nothing. Not known are
-    subclasses, other hooks, parametrizations, norms held still, and weights that are tied.
+    Known are nn.Sequential, also nested, of Linear, BatchNorm1d, activations without parameters, a Flatten before the first
+    layer, Identity, and what BatchNorm, Dropout and InputDropout insert; torch's own Dropout as long as it does nothing. Not
+    known are subclasses, other hooks, parametrizations, norms held still, and weights that are tied.
     """
     shared = [p for _, p in model.named_parameters(remove_duplicate=False)]
     modules = [m for _, m in model.named_modules(remove_duplicate=False)]
     tied = len({id(p) for p in shared}) < len(shared) or len({id(m) for m in modules}) < len(modules)
-    if tied or torch_module._has_any_global_hook():
+    if tied or torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     try:
         layers = list(_layers(model, ""))
