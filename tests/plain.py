@@ -15,7 +15,7 @@ import goodfit as gf
 DRAW = torch.Generator().manual_seed(5)
 X, Y, XV, YV = (torch.randn(32, columns, generator=DRAW, dtype=torch.float32) for columns in (3, 1, 3, 1))
 REST = (gf.L2(0.01), gf.L1(1e-3), gf.WeightDecay(0.05), gf.Dropout(0.3), gf.BatchNorm())
-SEED = 30
+SEED = 54
 EPOCHS = 12
 BEST, STOP = 5, 8
 """The epochs that COCKTAIL keeps, and stops at."""

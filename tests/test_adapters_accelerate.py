@@ -114,7 +114,9 @@ def test_a_second_gradient_is_had_by_run_loss_and_refused_by_name_without() -> N
     assert same(plain(cocktail, epochs=2, by_run=True)[0], host(cocktail, epochs=2, by_run=True)[0])
     with pytest.raises(gf.GoodfitError, match="SAM needs a second gradient"):
         host(cocktail, epochs=1)
-    with pytest.raises(gf.GoodfitError, match=r"InputNoise acts in run.batch, which was not called; add: x, y = run.batch\(x, y\)"):
+    with pytest.raises(
+        gf.GoodfitError, match=r"InputNoise acts in run.batch, which was not called; add: x, y = run.batch\(x, y\)"
+    ):
         host(gf.InputNoise(0.1), epochs=1)
 
 

@@ -470,7 +470,7 @@ def test_a_second_one_that_does_more_is_refused_beside_the_same_model_alone(more
 
 
 def test_a_second_one_of_another_seed_or_beside_averages_is_refused() -> None:
-    with pytest.raises(gf.GoodfitError, match="has the seed of the first, by which inserted layers draw: seed=30, got seed=0"):
+    with pytest.raises(gf.GoodfitError, match="has the seed of the first, by which inserted layers draw: seed=54, got seed=0"):
         second(Host(), "EarlyStopping(3)")
     with pytest.raises(gf.GoodfitError, match=r"EMA\(0\.8, warmup=False\) averages weights, of which a second"):
         second(Host(AVERAGED), "EarlyStopping(3)", seed=SEED)

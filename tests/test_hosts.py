@@ -144,7 +144,9 @@ def test_the_weights_are_those_of_the_plain_loop(host: Any, tmp_path: Any) -> No
 
 @every_host
 def test_what_the_hooks_cannot_serve_is_refused_with_the_call_to_add(host: Any, tmp_path: Any) -> None:
-    with pytest.raises(gf.GoodfitError, match=r"InputNoise acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"):
+    with pytest.raises(
+        gf.GoodfitError, match=r"InputNoise acts in run\.batch, which was not called; add: x, y = run\.batch\(x, y\)"
+    ):
         host(gf.L2(0.1), gf.InputNoise(0.1), folder=tmp_path)
 
 

@@ -22,7 +22,7 @@ import goodfit as gf
 from goodfit.hyper import lifted
 from goodfit.losses import loss_of
 from goodfit.noise import Noise
-from goodfit.regularizers.distributions import beta, lot, normal, permutation
+from goodfit.regularizers.distributions import beta, permutation
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -101,7 +101,7 @@ def test_a_share_that_is_lifted_is_the_one_of_the_loop() -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 4001])
 def test_normal_numbers(count: int) -> None:
-    drawn = normal(HERE, torch.Size([count]), torch.float64, torch.device("cpu"))
+    drawn = HERE.normal(count, dtype=torch.float64)
     assert drawn.shape == (count,)
     assert count < 100 or stats.kstest(drawn.numpy(), "norm").pvalue > 0.01
     assert count < 100 or abs(np.corrcoef(drawn[:2000], drawn[2000:4000])[0, 1]) < 0.06
@@ -111,7 +111,7 @@ def test_orders_are_even_and_apart_from_the_share() -> None:
     orders = torch.stack([permutation(4, Noise(seed, "order")) for seed in range(2400)])
     assert stats.chisquare(torch.unique(orders, dim=0, return_counts=True)[1].numpy()).pvalue > 0.01
     assert len(torch.unique(orders, dim=0)) == 24
-    drawn = [lot(HERE, part).uniform(3) for part in ("share", "permutation", "cut", "patch")]
+    drawn = [HERE.part(part).uniform(3) for part in ("share", "permutation", "cut", "patch")]
     assert len(torch.unique(torch.stack(drawn), dim=0)) == 4
 
 
@@ -120,7 +120,7 @@ def test_orders_are_even_and_apart_from_the_share() -> None:
 
 def test_mixup_by_hand() -> None:
     x, y = gf.MixUp(0.4).batch(X, Y, HERE)
-    share, order = float(beta(0.4, lot(HERE, "share"))), permutation(6, lot(HERE, "permutation")).tolist()
+    share, order = float(beta(0.4, HERE.part("share"))), permutation(6, HERE.part("permutation")).tolist()
     for row, other in enumerate(order):
         for column in range(4):
             by_hand = share * float(X[row, column]) + (1 - share) * float(X[other, column])
@@ -137,7 +137,7 @@ def test_mixup_is_that_of_keras_with_the_same_draws() -> None:
 
     images = torch.rand(6, 5, 4, 3, dtype=torch.float32)
     x, y = gf.MixUp(0.4).batch(images, Y.float(), HERE)
-    share, order = beta(0.4, lot(HERE, "share")).float(), permutation(6, lot(HERE, "permutation"))
+    share, order = beta(0.4, HERE.part("share")).float(), permutation(6, HERE.part("permutation"))
     drawn = {"mix_weight": share.expand(6), "permutation_order": order}
     layer = keras.layers.MixUp(0.4)
     theirs = [layer.transform_images(images, drawn), layer.transform_labels(Y.float(), drawn)]
@@ -214,10 +214,10 @@ def box_of_the_paper(height: int, width: int, share: float, cy: int, cx: int) ->
 def test_cutmix_exchanges_the_box_of_the_paper(seed: int) -> None:
     noise, (height, width) = Noise(seed, "c"), (8, 11)
     x, y = gf.CutMix(1.0).batch(rows(5, 2, height, width), rows(5), noise)
-    share = float(beta(1.0, lot(noise, "share")))
-    cy, cx = (int(float(u) * size) for u, size in zip(lot(noise, "patch").uniform(2), (height, width), strict=True))
+    share = float(beta(1.0, noise.part("share")))
+    cy, cx = (int(float(u) * size) for u, size in zip(noise.part("patch").uniform(2), (height, width), strict=True))
     ys, xs = box_of_the_paper(height, width, share, cy, cx)
-    order = permutation(5, lot(noise, "permutation")).tolist()
+    order = permutation(5, noise.part("permutation")).tolist()
     expected = rows(5, 2, height, width)
     for row, other in enumerate(order):
         for i in ys:
@@ -257,7 +257,7 @@ def test_the_number_of_columns_is_even_over_the_shares() -> None:
     for seed in range(1600):
         noise = Noise(seed, "c")
         x, _ = gf.CutMix(1.0).batch(rows(2, 4), rows(2), noise)
-        moved = permutation(2, lot(noise, "permutation")).tolist() == [1, 0]
+        moved = permutation(2, noise.part("permutation")).tolist() == [1, 0]
         counts[int((x[0] == 1).sum())] += moved
     expected = torch.tensor([1, 2, 2, 2, 1]) / 8 * counts.sum()  # round(4u) with u ~ U(0, 1)
     assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 0.01
@@ -296,7 +296,7 @@ def test_p_is_the_share_of_rows_that_cutout_cuts(shape: tuple[int, ...]) -> None
 def test_cutout_cuts_the_box_of_its_ratio_in_every_channel() -> None:
     noise = Noise(2, "o")
     x, _ = gf.CutOut(1.0, ratio=0.25).batch(torch.ones(200, 3, 8, 12), torch.zeros(200), noise)
-    points = lot(noise, "patch").uniform(2, 200, 1)
+    points = noise.part("patch").uniform(2, 200, 1)
     sizes = set()
     for row in range(200):
         expected = torch.ones(3, 8, 12)

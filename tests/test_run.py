@@ -252,7 +252,7 @@ def test_loss_regularizers_act_on_the_loss_and_batch_regularizers_on_the_batch()
     x = torch.ones(2, 1)
     assert run.loss(x, torch.zeros(2, 1)).item() == 17.0  # |1 − 9| + 9
     blurred, y = run.batch(x, torch.zeros(2, 1))
-    assert 0 < (blurred - x).abs().max() < 0.25
+    assert 0 < (blurred - x).abs().max() < 2.5
     assert torch.equal(y, torch.zeros(2, 1))
 
 

@@ -470,7 +470,9 @@ def test_a_file_keeps_what_memory_would(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["steps", "epochs"])
 @pytest.mark.parametrize("wrap", [lambda *pair: pair, TensorDataset, Pairs], ids=["tensors", "TensorDataset", "Dataset"])
 def test_a_refit_is_a_fit_on_all_rows_for_the_number_found(how: str, wrap: Any) -> None:
-    found = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), gf.InputNoise(0.1), Dropout(0.2)), epochs=40, refit=how)
+    found = short(
+        net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), gf.InputNoise(0.1), Dropout(0.2)), epochs=40, refit=how
+    )
     alone = short(net(), wrap(*TRAIN), wrap(*VALID), Cocktail(EarlyStopping(3), gf.InputNoise(0.1), Dropout(0.2)), epochs=40)
     assert same(found.validated.state_dict(), alone.model.state_dict())
     assert (found.score, found.history[-1]["step"]) == (alone.score, alone.history[-1]["step"])

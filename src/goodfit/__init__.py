@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from goodfit.regularizers.label_smoothing import LabelSmoothing as LabelSmoothing
     from goodfit.regularizers.mixing import CutMix as CutMix, MixUp as MixUp
     from goodfit.regularizers.orthogonal import Orthogonal as Orthogonal
-    from goodfit.regularizers.sharpness import FGSM as FGSM, SAM as SAM
     from goodfit.regularizers.shake_drop import ShakeDrop as ShakeDrop
     from goodfit.regularizers.shake_shake import ShakeShake as ShakeShake
+    from goodfit.regularizers.sharpness import FGSM as FGSM, SAM as SAM
     from goodfit.regularizers.shrinkage import L2 as L2, L2SP as L2SP, WeightDecay as WeightDecay
     from goodfit.regularizers.skip_connections import SkipConnections as SkipConnections
     from goodfit.regularizers.sparsity import L1 as L1, ElasticNet as ElasticNet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -10,7 +11,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from goodfit.errors import GoodfitError
 from goodfit.layers.seeded import Seeded
-from goodfit.noise import gaussian
 
 __all__ = [
     "SeededAlphaDropout",
@@ -96,5 +96,6 @@ class SeededGaussianDropout(SeededLayer):
     """Each element is multiplied by a draw from N(1, p/(1 − p)): mean and variance of dropout, without zeros."""
 
     def noisy(self, x: Tensor) -> Tensor:
-        normal = gaussian(self.draw(torch.Size((2, *x.shape)), x.device))
+        u = self.draw(torch.Size((2, *x.shape)), x.device)
+        normal = (-2 * (1 - u[0]).log()).sqrt() * (2 * math.pi * u[1]).cos()  # Box and Muller 1958; 1 − u is never 0
         return (x * (1 + normal * (self.rate / (1 - self.rate)).sqrt())).to(x.dtype)

@@ -11,7 +11,6 @@ from torch import Tensor
 from goodfit.hyper import hyper
 from goodfit.noise import Noise
 from goodfit.phases import Batch
-from goodfit.regularizers.distributions import lot
 from goodfit.regularizers.leaves import floats, refuse_other_rows, replaced
 from goodfit.regularizers.patches import patches
 
@@ -37,8 +36,8 @@ class CutOut(Batch):
         Kadra et al. 2021, Well-tuned simple nets excel on tabular datasets, arXiv 2106.11189.
 
     >>> CutOut(1.0, ratio=0.5).batch(torch.ones(2, 4), torch.zeros(2), Noise(0, "cutout"))[0]
-    tensor([[0., 0., 1., 1.],
-            [1., 0., 1., 0.]])
+    tensor([[0., 1., 0., 1.],
+            [0., 1., 0., 1.]])
     """
 
     p: float = hyper(0.5, valid="[0, 1]", off=0.0, low=0.0, high=1.0)
@@ -49,6 +48,6 @@ class CutOut(Batch):
         refuse_other_rows(found, y, "CutOut")
         device = next(iter(found.values())).device
         p, ratio = (torch.as_tensor(n, dtype=torch.float32, device=device) for n in (self.p, self.ratio))
-        cut = lot(noise, "cut").uniform(len(y), 1, device=device) < p
-        masks, _ = patches(found, torch.where(cut, ratio, 0.0), lot(noise, "patch"), "CutOut")
+        cut = noise.part("cut").uniform(len(y), 1, device=device) < p
+        masks, _ = patches(found, torch.where(cut, ratio, 0.0), noise.part("patch"), "CutOut")
         return replaced(x, {name: torch.where(masks[name], 0.0, t) for name, t in found.items()}), y

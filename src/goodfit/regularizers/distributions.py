@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from goodfit.noise import Noise
 
-__all__ = ["beta", "blended", "lot", "normal", "number", "permutation"]
+__all__ = ["beta", "blended", "number", "permutation"]
 
 _PROPOSALS = 8
-
-
-def lot(noise: Noise, name: str) -> Noise:
-    """The noise of one draw among several of a regularizer."""
-    return replace(noise, name=f"{noise.name}.{name}")
 
 
 def number(value: float | Tensor) -> Tensor:
@@ -31,14 +25,6 @@ def number(value: float | Tensor) -> Tensor:
 def permutation(rows: int, noise: Noise) -> Tensor:
     """A random order of so many rows."""
     return noise.uniform(rows).argsort(stable=True)
-
-
-def normal(noise: Noise, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers from N(0, 1), two from each two uniform ones (Box and Muller 1958)."""
-    count = shape.numel()
-    u = noise.uniform(2, (count + 1) // 2, device=device).to(dtype)
-    radius, angle = (-2 * torch.log1p(-u[0])).sqrt(), 2 * math.pi * u[1]  # 1 − u is never 0
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].reshape(shape)
 
 
 def beta(alpha: float | Tensor, noise: Noise) -> Tensor:

@@ -24,6 +24,7 @@ class GradientNoise(Gradient):
     Source: Neelakantan et al. 2015, Adding gradient noise improves learning for very deep networks, arXiv 1511.06807, with eta
         of 0.01, 0.3 or 1 and gamma of 0.55; after Welling and Teh 2011.
 
+    >>> import torch
     >>> noisy, _ = GradientNoise(0.01).gradient({"w": torch.zeros(2)}, {}, {}, None, Noise(0, "here"))
     >>> noisy["w"].shape, bool((noisy["w"] != 0).all())
     (torch.Size([2]), True)

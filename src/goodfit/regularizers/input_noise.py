@@ -11,7 +11,6 @@ from torch import Tensor
 from goodfit.hyper import hyper
 from goodfit.noise import Noise
 from goodfit.phases import Batch
-from goodfit.regularizers.distributions import lot, normal
 from goodfit.regularizers.leaves import floats, replaced
 
 __all__ = ["InputNoise"]
@@ -30,17 +29,17 @@ class InputNoise(Batch):
     Source: Bishop 1995, Training with noise is equivalent to Tikhonov regularization; the draw: Box and Muller 1958.
 
     >>> InputNoise(0.5).batch(torch.zeros(2, 2), torch.zeros(2), Noise(0, "inputnoise"))[0]
-    tensor([[ 0.2456, -0.6608],
-            [-0.3096, -0.5065]])
+    tensor([[-0.2276, -0.4292],
+            [-0.5577, -0.1339]])
     """
 
     std: float = hyper(0.1, valid="[0, inf)", off=0.0, low=1e-3, high=1.0, log=True)
 
     def batch(self, x: Any, y: Tensor, noise: Noise) -> tuple[Any, Tensor]:
-        noisy = {name: self._noisy(t, lot(noise, name)) for name, t in floats(x, "InputNoise").items()}
+        noisy = {name: self._noisy(t, noise.part(name)) for name, t in floats(x, "InputNoise").items()}
         return replaced(x, noisy), y
 
     def _noisy(self, t: Tensor, noise: Noise) -> Tensor:
         wide = torch.promote_types(t.dtype, torch.float32)
         std = torch.as_tensor(self.std, dtype=wide, device=t.device)
-        return (t.to(wide) + std * normal(noise, t.shape, wide, t.device)).to(t.dtype)
+        return (t.to(wide) + std * noise.normal(*t.shape, dtype=wide, device=t.device)).to(t.dtype)

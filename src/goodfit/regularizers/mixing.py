@@ -12,7 +12,7 @@ from goodfit.errors import GoodfitError
 from goodfit.hyper import hyper
 from goodfit.noise import Noise
 from goodfit.phases import Batch
-from goodfit.regularizers.distributions import beta, blended, lot, number, permutation
+from goodfit.regularizers.distributions import beta, blended, number, permutation
 from goodfit.regularizers.leaves import only_floats, refuse_other_rows, replaced
 from goodfit.regularizers.patches import patches
 
@@ -42,7 +42,7 @@ class MixUp(Batch):
     def batch(self, x: Any, y: Tensor, noise: Noise) -> tuple[Any, Tensor]:
         found = only_floats(x, "MixUp")
         refuse_other_rows(found, y, "MixUp")
-        share, order = beta(self.alpha, lot(noise, "share")), permutation(len(y), lot(noise, "permutation"))
+        share, order = beta(self.alpha, noise.part("share")), permutation(len(y), noise.part("permutation"))
         return replaced(x, {name: blended(t, share, order) for name, t in found.items()}), blended(y, share, order)
 
 
@@ -65,7 +65,7 @@ class CutMix(Batch):
 
     >>> x, y = CutMix(1.0).batch(torch.arange(3.0)[:, None].expand(3, 4), torch.eye(3), Noise(7, "cutmix"))
     >>> x[0], y[0]
-    (tensor([0., 0., 0., 2.]), tensor([0.7500, 0.0000, 0.2500]))
+    (tensor([0., 2., 0., 0.]), tensor([0.7500, 0.0000, 0.2500]))
     """
 
     p: float = hyper(0.5, valid="[0, 1]", off=0.0, low=0.0, high=1.0)
@@ -79,9 +79,9 @@ class CutMix(Batch):
                 f"CutMix mixes one target per row, (rows,) or (rows, classes), got y of shape {tuple(y.shape)}; leave it out "
                 "of the cocktail."
             )
-        cut = lot(noise, "cut").uniform() < number(self.p)
-        share = torch.where(cut, 1 - beta(self.alpha, lot(noise, "share")), 0.0)
-        masks, whole = patches(found, share.reshape(1, 1), lot(noise, "patch"), "CutMix")
-        order = permutation(len(y), lot(noise, "permutation"))
+        cut = noise.part("cut").uniform() < number(self.p)
+        share = torch.where(cut, 1 - beta(self.alpha, noise.part("share")), 0.0)
+        masks, whole = patches(found, share.reshape(1, 1), noise.part("patch"), "CutMix")
+        order = permutation(len(y), noise.part("permutation"))
         mixed = {n: torch.where(masks[n].to(t.device), t[order.to(t.device)], t) for n, t in found.items()}
         return replaced(x, mixed), blended(y, 1 - whole.double().mean(), order)
