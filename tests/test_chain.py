@@ -14,6 +14,8 @@ from torch.func import functional_call
 import goodfit as gf
 from goodfit.errors import GoodfitError
 from goodfit.layers.dropout import SeededDropout
+from goodfit.layers.seeded import Seeded
+from goodfit.layers.skip import Carried, Skip, SkipStart
 from goodfit.stack.chain import Chain
 from goodfit.stack.chain_plan import chain_of
 
@@ -85,7 +87,7 @@ def by_loop(model: nn.Module, params: Any, buffers: Any, x: Tensor, own: bool) -
 def rewind(model: nn.Module) -> None:
     """Let the layers draw once more what they drew."""
     for layer in model.modules():
-        if isinstance(layer, SeededDropout):
+        if isinstance(layer, Seeded):
             layer.clock.rewind()
 
 
@@ -162,6 +164,36 @@ def test_dropout_of_the_input(own: bool) -> None:
     x = torch.randn(3, 8, 4) if own else torch.randn(8, 4)
     agree(model, x.requires_grad_(), 3, own)
     agree(cocktail(mlp(4, 5, 3), torch.zeros(2, 4), gf.InputDropout(0.2), gf.Dropout(0.4)), x, 3, own, size=1)
+
+
+def deep(*ingredients: Any, start: int = 6) -> nn.Module:
+    """Two blocks with a way around them."""
+    return cocktail(mlp(start, 6, 6, 6, 6, 6, 3), torch.zeros(3, start), gf.SkipConnections(), *ingredients)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:Dropout stands before a norm")
+def test_skip_connections(training: bool) -> None:
+    for ingredients in (
+        (),
+        (gf.Dropout(0.2),),
+        (gf.BatchNorm(), gf.DropPath(0.3), gf.Dropout(0.2, before_norm=True)),
+        (gf.DropPath(0.5),),
+    ):
+        for own in (False, True):
+            x = torch.randn(3, 9, 6, requires_grad=True) if own else torch.randn(9, 6, requires_grad=True)
+            agree(deep(*ingredients).train(training), x, 3, own)
+            agree(deep(*ingredients).train(training), x.detach(), 3, own, size=1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_branch_from_the_input_on(own: bool) -> None:
+    carried = Carried()
+    branch = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4)]
+    for before in ([], [nn.Tanh()], [SeededDropout("d")], [nn.Linear(4, 4), nn.ReLU()]):
+        model = nn.Sequential(*before, SkipStart(carried), *branch, Skip(carried, 2, True), nn.GELU(), nn.Linear(4, 2))
+        for needs in (False, True):
+            agree(model, torch.randn((3,) * own + (7, 4), requires_grad=needs), 3, own)
 
 
 def test_images_are_flattened() -> None:
@@ -320,6 +352,9 @@ UNKNOWN = {
     "alpha dropout": lambda: cocktail(mlp(4, 5, 2, activation=nn.SELU), torch.zeros(2, 4), gf.AlphaDropout(0.2)),
     "layer norm": lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)),
     "other flatten": lambda: nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)),
+    "doubled branches": lambda: deep(gf.ShakeShake()),
+    "shaken branches": lambda: deep(gf.ShakeDrop(0.5)),
+    "a sum without its start": lambda: nn.Sequential(nn.Linear(4, 4), Skip(Carried(), 1, True)),
     "nothing": lambda: nn.Sequential(nn.ReLU()),
     "leaf of its own": lambda: nn.LSTM(4, 3),
 }

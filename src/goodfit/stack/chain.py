@@ -91,15 +91,13 @@ class Chain:
     def _backward(self, parts: list[Part], g: Tensor, gradients: Tensors, wanted: list[bool], x: Tensor | None) -> None:
         """wanted: whether the gradient of what goes into each piece is; that of x is added where it is given."""
         for part in parts:
-            part.gradients = {name: t[part.span] for name, t in gradients.items()}
+            part.gradients = gradients if len(parts) == 1 else {name: t[part.span] for name, t in gradients.items()}
             flowing, free = g[part.span], False
             for piece, wants in zip(reversed(self.pieces), reversed(wanted), strict=True):
                 flowing, free = piece.backward(part, flowing, free, wants)
             if x is not None:
                 (x if x.ndim == 2 else x[part.span]).add_(flowing)
             part.gradients = {}  # a tensor that has views would be copied into .grad, any other is taken
-        for piece in self.pieces:
-            piece.after_backward(parts[0].whole, gradients)
 
 
 class _Passed(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from goodfit.layers.dropout import SeededDropout
+from goodfit.layers.path import SeededDropPath
 from goodfit.noise import factors
 from goodfit.stack.chain_pass import Part, Pass, Piece
 
@@ -39,13 +40,19 @@ class _Draw:
 class Drop(Piece):
     """y = x · mask / (1 − p), with the mask that the layer draws for each member alone.
 
-    folded: the piece before has multiplied by 1 / (1 − p). A NaN or inf that is dropped becomes 0.
+    whole_rows: a row is kept or dropped with all its features. folded: the piece before has multiplied by 1 / (1 − p). A NaN or
+    inf that is dropped becomes 0.
     """
 
-    def __init__(self, layer: SeededDropout, name: str) -> None:
+    def __init__(self, layer: SeededDropout | SeededDropPath, name: str) -> None:
         self.layer, self.rate, self.seed = layer, f"{name}.rate", f"{name}.seed"
+        self.whole_rows = isinstance(layer, SeededDropPath)
         self.folded = False
         self._limits, self._factors = _Known(_limits), _Known(_factors)
+
+    def features(self, x: Tensor) -> int:
+        """Of the mask."""
+        return 1 if self.whole_rows else x.shape[-2]
 
     def draw(self, whole: Pass, x: Tensor) -> _Draw | None:
         """Made once for all members; None where nothing is dropped."""
@@ -58,7 +65,7 @@ class Drop(Piece):
         if not self.layer.training:
             return None
         with torch.set_grad_enabled(whole.keeps):  # a layer counts the draws that will have a backward
-            words = self.layer.shared_words(torch.Size((whole.rows, x.shape[-2])), x.device)
+            words = self.layer.shared_words(torch.Size((whole.rows, self.features(x))), x.device)
         limits = self._limits.of(whole.buffers[self.rate], x)
         if limits is None:
             return None
@@ -69,10 +76,9 @@ class Drop(Piece):
         draw = self.draw(part.whole, x)
         if draw is None:
             return x, free
-        part.kept[self] = x.ndim == 2
-        shape = (part.members, *x.shape[-2:])
-        mask = draw.mask(part, part.room((self, "mask"), shape, x, torch.int32))
-        y = x if free and x.ndim == 3 else part.room(self, shape, x)
+        mask = draw.mask(part, part.room((self, "mask"), (part.members, self.features(x), x.shape[-1]), x, torch.int32))
+        part.kept[self] = mask, x.ndim == 2
+        y = x if free and x.ndim == 3 else part.room(self, (part.members, *x.shape[-2:]), x)
         self.apply(part, draw, x, mask, y)
         return y, True
 
@@ -80,9 +86,10 @@ class Drop(Piece):
         draw = part.whole.once[self]
         if draw is None or not wanted:
             return g, free
+        mask, shared = part.kept[self]
         out = g if free else torch.empty_like(g)
-        self.apply(part, draw, g, part.room((self, "mask"), tuple(g.shape), g, torch.int32), out)
-        return (out.sum(0) if part.kept[self] else out), True
+        self.apply(part, draw, g, mask, out)
+        return (out.sum(0) if shared else out), True
 
     def apply(self, part: Part, draw: _Draw, x: Tensor, mask: Tensor, out: Tensor) -> None:
         """Where a product of bits is to be had, it is cheaper than to make numbers of the mask."""

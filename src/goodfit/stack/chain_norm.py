@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from goodfit.stack.chain_drop import Drop
-from goodfit.stack.chain_pass import Part, Pass, Piece, Tensors
+from goodfit.stack.chain_pass import Part, Pass, Piece
 
 __all__ = ["Norm"]
 
@@ -21,6 +21,7 @@ class _Statistics:
 
     by_batch: bool
     eps: Tensor
+    zero: Tensor
     total: Tensor
     length: Tensor
     inverse: Tensor
@@ -87,7 +88,8 @@ class Norm(Piece):
         else:
             total, length = (whole.buffers[f"{self.name}.running_{what}"].unsqueeze(-1) for what in ("mean", "var"))
             inverse = (length + eps).rsqrt_()
-        whole.once[self] = known = _Statistics(self.by_batch, eps, total, length, inverse, scale, factor, shift)
+        zero = torch.zeros_like(inverse)
+        whole.once[self] = known = _Statistics(self.by_batch, eps, zero, total, length, inverse, scale, factor, shift)
         return known
 
     def after_forward(self, whole: Pass) -> None:
@@ -110,34 +112,26 @@ class Norm(Piece):
         asked = [wanted, *(gradient is not None for gradient in gradients)]
         if not any(asked):
             return g, free
-        factor = None if known.factor is None else known.factor[part.span]
-        step = _by_batch if known.by_batch else _fixed
-        x, *found = step(g, centered, known.inverse[part.span], factor, asked)
+        x, *found = (_by_batch if known.by_batch else _fixed)(known, part.span, g, centered, asked)
+        scale = 1 if known.scale is None else known.scale[part.span].squeeze(-1)
         for gradient, one in zip(gradients, found, strict=True):
             if gradient is not None and one is not None:
-                gradient.copy_(one.view(gradient.shape))
+                torch.mul(one.view(gradient.shape), scale, out=gradient)
         if x is None:
             return g, free
         return (x.sum(0) if shared else x), True
 
-    def after_backward(self, whole: Pass, gradients: Tensors) -> None:
-        scale = whole.once[self].scale
-        for name in self.names if scale is not None else ():
-            if name in gradients:
-                gradients[name].mul_(scale.squeeze(-1))
 
-
-def _by_batch(
-    g: Tensor, centered: Tensor, inverse: Tensor, factor: Tensor | None, asked: list[bool]
-) -> tuple[Tensor | None, ...]:
+def _by_batch(known: _Statistics, span: slice, g: Tensor, centered: Tensor, asked: list[bool]) -> tuple[Tensor | None, ...]:
     """Each feature of each member as a group of its own, of one sample: torch's fastest kernel where rows are last."""
+    inverse, zero = known.inverse[span], known.zero[span]
+    factor = torch.ones_like(inverse) if known.factor is None else known.factor[span].expand(inverse.shape)
     groups, rows = inverse.numel(), g.shape[-1]
     flat = (1, groups, rows)
-    factor = torch.ones_like(inverse) if factor is None else factor.expand(inverse.shape)
     x, weight, bias = torch.ops.aten.native_group_norm_backward(
         g.reshape(flat),
         centered.view(flat),
-        torch.zeros_like(inverse).view(1, groups),
+        zero.view(1, groups),
         inverse.view(1, groups),
         factor.reshape(groups),
         1,
@@ -149,9 +143,10 @@ def _by_batch(
     return (x.view(g.shape) if asked[0] else None), weight, bias
 
 
-def _fixed(g: Tensor, centered: Tensor, inverse: Tensor, factor: Tensor | None, asked: list[bool]) -> tuple[Tensor | None, ...]:
+def _fixed(known: _Statistics, span: slice, g: Tensor, centered: Tensor, asked: list[bool]) -> tuple[Tensor | None, ...]:
+    inverse = known.inverse[span]
     return (
-        g * (inverse if factor is None else inverse * factor) if asked[0] else None,
+        g * (inverse if known.factor is None else inverse * known.factor[span]) if asked[0] else None,
         (g * centered).sum(-1, keepdim=True).mul_(inverse) if asked[1] else None,
         g.sum(-1) if asked[2] else None,
     )

@@ -94,7 +94,3 @@ class Piece(ABC):
     @abstractmethod
     def backward(self, part: Part, g: Tensor, free: bool, wanted: bool) -> tuple[Tensor, bool]:
         """The gradient of x from that of y, and those of the parameters; that of x has no meaning where it is not wanted."""
-
-    def after_backward(self, whole: Pass, gradients: Tensors) -> None:
-        """The same."""
-        return

@@ -8,12 +8,15 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from goodfit.layers.dropout import SeededDropout, SeededInputDropout
+from goodfit.layers.path import SeededDropPath
+from goodfit.layers.skip import Branch, Carried, Skip, SkipStart
 from goodfit.stack.chain import Chain
 from goodfit.stack.chain_activations import function_of
 from goodfit.stack.chain_drop import Drop
 from goodfit.stack.chain_norm import Norm
 from goodfit.stack.chain_pass import Piece
 from goodfit.stack.chain_pieces import Activation, Linear
+from goodfit.stack.chain_skip import Fork, Sum
 from goodfit.surgery.arguments import runs_on_input
 from goodfit.surgery.insert import runs_after, runs_before
 
@@ -24,6 +27,7 @@ _OWN = {
     nn.BatchNorm1d: {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
     SeededDropout: {"rate", "seed"},
     SeededInputDropout: {"rate", "seed"},
+    SeededDropPath: {"rate", "seed"},
 }
 """The parameters and buffers that a layer may have."""
 
@@ -36,8 +40,8 @@ def chain_of(model: nn.Module) -> Chain | None:
     """The chain that computes what K copies of `model` do, None where the model is not one of those that are known.
 
     Known are nn.Sequential, also nested, of Linear, BatchNorm1d, activations without parameters, a Flatten before the first
-    layer, Identity, and what BatchNorm, Dropout and InputDropout insert; torch's own Dropout as long as it does nothing. Not
-    known are subclasses, other hooks, parametrizations, norms held still, and weights that are tied.
+    layer, Identity, and what BatchNorm, Dropout, InputDropout, SkipConnections and DropPath insert; torch's own Dropout as long
+    as it does nothing. Not known are subclasses, other hooks, parametrizations, norms held still, and weights that are tied.
     """
     shared = [p for _, p in model.named_parameters(remove_duplicate=False)]
     modules = [m for _, m in model.named_modules(remove_duplicate=False)]
@@ -46,7 +50,10 @@ def chain_of(model: nn.Module) -> Chain | None:
         return None
     try:
         layers = list(_layers(model, ""))
-        pieces = [_piece(m, name) for m, name in layers if not _does_nothing(m)]
+        pieces, forks = list[Piece](), dict[Carried, Fork]()
+        for module, name in layers:
+            if not _does_nothing(module):
+                pieces.append(_piece(module, name, forks))
     except _Unknown:
         return None
     widths = [w for m, _ in layers if isinstance(m, nn.Linear) for w in (m.in_features, m.out_features)]
@@ -67,7 +74,8 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
     before = [runs_before(h) or (runs_on_input(h, "input") if plain else None) for h in module._forward_pre_hooks.values()]
     after = [runs_after(h) for h in module._forward_hooks.values()]
     inserted = [child for child in (*before, *after) if child is not None]
-    if len(inserted) < len(before) + len(after) or (not plain and set(inserted) != set(module._modules)):
+    own = {"branch"} if type(module) is Skip else set()
+    if len(inserted) < len(before) + len(after) or (not plain and {*inserted, *own} != set(module._modules)):
         raise _Unknown
     for child in before:
         yield from _layers(module.get_submodule(str(child)), f"{name}.{child}".lstrip("."))
@@ -75,6 +83,8 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
         for child, one in module._modules.items():
             yield from _layers(one, f"{name}.{child}".lstrip(".")) if one is not None else ()
     else:
+        for child in own:
+            yield from _layers(module.get_submodule(child), f"{name}.{child}")
         yield module, name
     for child in after:
         yield from _layers(module.get_submodule(str(child)), f"{name}.{child}".lstrip("."))
@@ -84,7 +94,7 @@ def _does_nothing(module: nn.Module) -> bool:
     """As long as features are the last axis."""
     if type(module) is nn.Flatten:
         return (module.start_dim, module.end_dim) == (1, -1)
-    return type(module) is nn.Identity or (type(module) is nn.Dropout and (module.p == 0 or not module.training))
+    return type(module) in (nn.Identity, Branch) or (type(module) is nn.Dropout and (module.p == 0 or not module.training))
 
 
 def _flattens(layers: list[nn.Module]) -> bool:
@@ -93,16 +103,21 @@ def _flattens(layers: list[nn.Module]) -> bool:
     return isinstance(seen, nn.Flatten)
 
 
-def _piece(module: nn.Module, name: str) -> Piece:
+def _piece(module: nn.Module, name: str, forks: dict[Carried, Fork]) -> Piece:
+    """forks: the starts of branches so far, by what carries to their sums."""
     if {*module._parameters, *module._buffers} - _OWN.get(type(module), set()):
         raise _Unknown
     if type(module) is nn.Linear:
         return Linear(module, name)
     if type(module) is nn.BatchNorm1d and module.track_running_stats == (module.running_mean is not None):
         return Norm(module, name)
-    if type(module) in (SeededDropout, SeededInputDropout):
-        assert isinstance(module, SeededDropout)
+    if type(module) in (SeededDropout, SeededInputDropout) or (type(module) is SeededDropPath and module.axis == 0):
+        assert isinstance(module, SeededDropout | SeededDropPath)
         return Drop(module, name)
+    if type(module) is SkipStart:
+        return forks.setdefault(module.carried, Fork())
+    if type(module) is Skip and module.carried in forks:
+        return Sum(forks.pop(module.carried))
     function = function_of(module)
     if function is None:
         raise _Unknown
@@ -116,7 +131,13 @@ def _join(pieces: list[Piece]) -> None:
         own = own or isinstance(piece, Linear)
         if isinstance(piece, Linear) and isinstance(following, Norm):
             piece.norm, following.bias = following, piece.bias
-        if own and isinstance(piece, Activation) and piece.function.gates and isinstance(following, Drop):
+        if (
+            own
+            and isinstance(piece, Activation)
+            and piece.function.gates
+            and isinstance(following, Drop)
+            and not following.whole_rows
+        ):
             piece.drop = following
     for norm, second, third in zip(pieces, [*pieces[1:], None], [*pieces[2:], None, None], strict=False):
         drop = third if isinstance(second, Activation) and second.function.positive else second
