@@ -42,6 +42,7 @@ FLOORS = [
     {"accumulation", "views"},
     {"beside", "checks", "uphill"},
     {"run", "checkpoints"},
+    {"stack"},
     {"order", "streams"},
     {"data", "feed", "learning_rates", "loop", "small_batches", "explanation", "preparation", "rescored", "rollback"},
     {"compute", "culprit", "guard"},

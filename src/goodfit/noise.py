@@ -118,8 +118,14 @@ class Noisy:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def draw(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Float32 numbers in [0, 1), new ones at each call of a step; beside a compiled graph, which would hold one step's."""
-        salt = Noise(0, self.name, self.clock.step, self._call(), self.rank).salt
-        return _uniform_of(words(self.seed, salt, shape, device))
+        return _uniform_of(words(self.seed, self._salt(), shape, device))
+
+    def shared_words(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """What the next `draw` would multiply by the factor of each seed, in its place."""
+        return shared_words(self._salt(), shape, device)
+
+    def _salt(self) -> int:
+        return Noise(0, self.name, self.clock.step, self._call(), self.rank).salt
 
     def forget(self) -> None:
         """Go on as if nothing had been drawn in this step."""

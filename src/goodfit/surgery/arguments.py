@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from goodfit.surgery.insert import hang
 
-__all__ = ["insert_on_input", "named_inputs"]
+__all__ = ["insert_on_input", "named_inputs", "runs_on_input"]
 
 
 def named_inputs(model: nn.Module, example: Any) -> dict[str, Tensor]:
@@ -34,6 +34,11 @@ def insert_on_input(model: nn.Module, name: str, child: str, layer: nn.Module) -
     """Let `layer` act on this input of `model`."""
     hang(model, child, layer)
     model.register_forward_pre_hook(_OnInput(name, child), with_kwargs=True)
+
+
+def runs_on_input(hook: object, name: str) -> str | None:
+    """The child that a hook of ours runs on this input, None for any other hook."""
+    return hook.child if isinstance(hook, _OnInput) and hook.name == name else None
 
 
 class _OnInput:

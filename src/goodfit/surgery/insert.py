@@ -23,6 +23,8 @@ __all__ = [
     "insert_before",
     "inserted_into",
     "refuse_wrappers",
+    "runs_after",
+    "runs_before",
     "take_out",
     "user_hooks",
 ]
@@ -70,6 +72,16 @@ def inserted_into(host: nn.Module) -> set[str]:
     """Names of the children of `host` that its hooks run."""
     hooks = (*host._forward_hooks.values(), *host._forward_pre_hooks.values())
     return {hook.name for hook in hooks if isinstance(hook, _After | _Before)}
+
+
+def runs_before(hook: object) -> str | None:
+    """The child that a hook of ours runs before its host, None for any other hook."""
+    return hook.name if isinstance(hook, _Before) else None
+
+
+def runs_after(hook: object) -> str | None:
+    """The same, after it."""
+    return hook.name if isinstance(hook, _After) else None
 
 
 def take_out(host: nn.Module, name: str) -> bool:
