@@ -73,6 +73,9 @@ class Apart:
     def hand_over(self) -> None:
         """Nothing: runs have all that is theirs."""
 
+    def take_over(self) -> None:
+        """The same."""
+
 
 def _of(i: int, x: Any, y: Any, own: bool, own_y: bool) -> tuple[Any, Any]:
     def one(given: Any, own: bool) -> Any:

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map
@@ -21,7 +21,7 @@ __all__ = ["Forward", "losses_of"]
 
 
 class Forward:
-    """A model that stands for all members: their tensors take the place of its own. A chain is computed by hand, else by vmap."""
+    """A model that stands for all members, whose tensors take the place of its own: a chain by hand, any other by vmap."""
 
     def __init__(self, members: Members, clock: Clock) -> None:
         self.members = members
@@ -56,12 +56,11 @@ class Forward:
         kept = {name: t.clone() for name, t in self.members.buffers.items()}
         try:
             together = self(x, False, False)
-            self(x, False, True)
-            self.template.train(False)
-            for i in range(min(2, len(self.members.models))):
+            for i in range(min(2, self.members.count)):
                 alone = self._alone({n: t[i] for n, t in {**self.members.weights, **self.members.buffers}.items()}, x)
-                for one, other in zip(tree_flatten(tree_map(lambda t: t[i], together))[0], tree_flatten(alone)[0], strict=True):
-                    torch.testing.assert_close(one, other, equal_nan=True)
+                for one, other in zip(tree_flatten(together)[0], tree_flatten(alone)[0], strict=True):
+                    torch.testing.assert_close(one[i], other, equal_nan=True)
+            self(x, False, True)
         except Exception as wrong:
             return (str(wrong).strip().splitlines() or [type(wrong).__name__])[0]
         finally:

@@ -47,17 +47,25 @@ def grouped(
     mixing = "" if make is None else refuse_mixing(make)
     parts = []
     for members in _alike(runs):
-        of = [[given[k] for k in members] for given in (runs, seeds, lrs)]
-        work = None if mixing else Together(of[0], of[1])
-        why = mixing if work is None else work.forward.refuses(example)
+        mine, rates = [runs[k] for k in members], [lrs[k] for k in members]
+        why = mixing or _rolls_back(mine[0])
+        work = None if why else Together(mine, [seeds[k] for k in members])
+        if work is not None:
+            why = work.forward.refuses(example)
         if work is not None and not why:
-            work.use(optimizer_of(make, work.members.weights, of[2]), None if make else of[2])
+            work.use(optimizer_of(make, work.members.weights, rates), None if make else rates)
             parts.append(Part(members, work))
         else:
-            for run in of[0]:
+            for run in mine:
                 release(run.model)
-            parts.append(Part(members, Apart(of[0], of[2], make), why))
+            parts.append(Part(members, Apart(mine, rates, make), why))
     return parts
+
+
+def _rolls_back(run: Run) -> str:
+    """Why a member needs an optimizer of its own, "" where it does not: its moments begin anew when it rolls back."""
+    one = next((one for one in run._plan.active.values() if getattr(one, "nonfinite", "") == "rollback"), None)
+    return "" if one is None else f"{one} begins the optimizer anew"
 
 
 def _alike(runs: Sequence[Run]) -> list[list[int]]:
@@ -66,7 +74,7 @@ def _alike(runs: Sequence[Run]) -> list[list[int]]:
     for k, run in enumerate(runs):
         acting = run._plan.active.values()
         twice = tuple(type(one) for one in acting if isinstance(one, Gradient) and one.twice)
-        key = (kind_of(run.model), twice, any(isinstance(one, Batch) for one in acting))
+        key = (kind_of(run.model), twice, bool(_rolls_back(run)), any(isinstance(one, Batch) for one in acting))
         found = groups.setdefault(key, [])
         for group in found:
             if ordered([tuple(places(runs[i])) for i in (*group, k)]) is not None:

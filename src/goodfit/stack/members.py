@@ -27,6 +27,11 @@ class Members:
         self.buffers = {name: torch.stack([one[name] for one in held]) for name in held[0]}
         self._point()
 
+    @property
+    def count(self) -> int:
+        """How many members there are."""
+        return len(self.models)
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these members; the others keep tensors of their own."""
         left = set(rows.tolist())

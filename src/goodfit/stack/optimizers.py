@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +43,12 @@ def lr_at(lr: Rate, step: int) -> float:
 
 def refuse_mixing(make: MakeOptimizer) -> str:
     """Why members cannot share an optimizer, "" where each of its numbers counts by itself."""
+    made = make([torch.zeros(1, requires_grad=True)])
     try:
-        rates.formula_of(make([torch.zeros(1, requires_grad=True)]))
-    except GoodfitError as wrong:
-        return str(wrong)
-    return ""
+        rates.formula_of(made)
+    except GoodfitError:
+        return f"a number of {type(made).__name__} may depend on other numbers"
+    return f"{type(made).__name__} maximizes" if any(group.get("maximize") for group in made.param_groups) else ""
 
 
 def kept_state(optimizer: Optimizer, before: Mapping[str, Tensor], after: Mapping[str, Tensor], rows: Tensor) -> None:

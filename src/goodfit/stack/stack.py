@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from goodfit.cocktail import as_cocktail
-from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.errors import GoodfitError, GoodfitWarning, listed
 from goodfit.losses import loss_of
 from goodfit.processes import world
 from goodfit.run import Run
 from goodfit.stack.apart import Apart
 from goodfit.stack.groups import grouped
-from goodfit.stack.optimizers import MakeOptimizer, Rate
-from goodfit.stack.together import Together
+from goodfit.stack.optimizers import MakeOptimizer, Rate, lr_at, plain_optimizer
+from goodfit.stack.saved import going_in, into_optimizer, load_stack, optimizer_state, stack_state
 
 __all__ = ["Stack"]
 
@@ -50,8 +51,8 @@ class Stack:
     one set of tensors and are computed at once; those that cannot be, one after the other. A member that stops leaves.
 
     cocktails: of the members. models: as many, or one function that makes them. loss, task, example: as for Run. lr: of AdamW,
-    one for all, or one for each, numbers or schedules; optimizer: a function from parameters to another optimizer of torch whose
-    numbers count each by itself. seeds: of the noise, one for all, or one for each.
+    one for all, or one for each, numbers or schedules; optimizer: a function from parameters to another optimizer of torch, in
+    which each number counts by itself. seeds: of the noise, one for all, or one for each.
     """
 
     def __init__(
@@ -76,8 +77,8 @@ class Stack:
             Run(mix, model, loss=measure, example=example, seed=seed)
             for mix, model, seed in zip(mixes, made, each, strict=True)
         ]
-        self._measure = measure
-        self._parts = grouped(self.runs, each, _one_each(lr, len(made), "lr"), optimizer, example)
+        self._measure, self._make, self._lrs = measure, optimizer, _one_each(lr, len(made), "lr")
+        self._parts = grouped(self.runs, each, self._lrs, optimizer, example)
         for part in self._parts:
             if isinstance(part.work, Apart) and part.why:
                 told = f"{len(part.members)} members are trained one after the other: {part.why}"
@@ -176,6 +177,32 @@ class Stack:
         for run in self.runs:
             run.finish(batches)
         return self.models
+
+    def alone(self, k: int) -> tuple[Run, Optimizer]:
+        """Let one member leave, to go on in a loop of its own: its run, and an optimizer that remembers what it did."""
+        part = next((part for part in self._parts if k in part.members), None)
+        if part is None:
+            raise GoodfitError(f"Member {k} does not go on in this stack; those that do: {listed(map(str, self.members))}.")
+        self._hand_over()
+        remembered = optimizer_state(part, part.members.index(k))
+        self._leave([k])
+        trained = [p for p in self.models[k].parameters() if p.requires_grad]
+        lr = lr_at(self._lrs[k], self.runs[k]._plan.clock.step)
+        optimizer = self._make(trained) if self._make else plain_optimizer(trained, lr)
+        into_optimizer(optimizer, self.models[k], remembered)
+        return self.runs[k], optimizer
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that must be remembered between two steps, weights included; `load_state_dict` takes it back."""
+        self._hand_over()
+        return stack_state(self.runs, self._parts)
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken, in a stack of the same cocktails and models of the same kinds."""
+        going = going_in(saved, self.runs, self.members)
+        self._hand_over()
+        self._leave([k for k in self.members if k not in going])
+        load_stack(self.runs, self._parts, saved)
 
     def _leave(self, members: Sequence[int]) -> None:
         if not members:

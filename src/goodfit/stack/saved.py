@@ -1,0 +1,100 @@
+"""The state of a stack, member by member: what one member has is what its run alone would have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from goodfit.errors import GoodfitError
+from goodfit.run import Run
+from goodfit.stack.apart import Apart
+from goodfit.stack.groups import Part
+from goodfit.tensors import below, load_tensors, matched, under
+
+__all__ = ["going_in", "into_optimizer", "load_stack", "optimizer_state", "stack_state"]
+
+OfWeights = dict[str, dict[str, Tensor]]
+
+
+def stack_state(runs: Sequence[Run], parts: Sequence[Part]) -> dict[str, Tensor]:
+    """All of it, flat: "3.run.…", "3.model.…" and "3.optimizer.weight/…" are those of member 3."""
+    members = sorted(k for part in parts for k in part.members)
+    state = {"count": torch.tensor(len(runs)), "members": torch.tensor(members, dtype=torch.int64)}
+    for k, run in enumerate(runs):
+        state |= under(f"{k}.run.", run.state_dict()) | under(f"{k}.model.", run.model.state_dict())
+    for part in parts:
+        for i, k in enumerate(part.members):
+            for name, held in optimizer_state(part, i).items():
+                state |= under(f"{k}.optimizer.{name}/", held)
+    return state
+
+
+def going_in(saved: Any, runs: Sequence[Run], members: Sequence[int]) -> set[int]:
+    """The members that go on in a saved state; refuses what no stack like this one has given."""
+    if not isinstance(saved, Mapping) or not {"count", "members"} <= saved.keys() or int(saved["count"]) != len(runs):
+        got = f"one of {int(saved['count'])}" if isinstance(saved, Mapping) and "count" in saved else "something else"
+        raise GoodfitError(f"load_state_dict takes what a stack of {len(runs)} members gave, got {got}.")
+    going = set(saved["members"].tolist())
+    if not going <= set(members):
+        raise GoodfitError("The state has members that have left this stack; make the stack anew, then load it.")
+    return going
+
+
+def load_stack(runs: Sequence[Run], parts: Sequence[Part], saved: Mapping[str, Tensor]) -> None:
+    """Go on where `stack_state` was taken, with the members that went on there."""
+    models = [matched(run.model.state_dict(), below(f"{k}.model.", saved), "model") for k, run in enumerate(runs)]
+    for k, (run, tensors) in enumerate(zip(runs, models, strict=True)):
+        run.load_state_dict(below(f"{k}.run.", saved))
+        load_tensors(run.model, tensors, {})
+    for part in parts:
+        part.work.take_over()
+        states: list[OfWeights] = [{} for _ in part.members]
+        for state, k in zip(states, part.members, strict=True):
+            for name, t in below(f"{k}.optimizer.", saved).items():
+                weight, _, key = name.rpartition("/")
+                state.setdefault(weight, {})[key] = t
+        _load_optimizers(part, states)
+
+
+def optimizer_state(part: Part, i: int) -> OfWeights:
+    """What the optimizer remembers of each weight of one member."""
+    work = part.work
+    if isinstance(work, Apart):
+        named = dict(work.runs[i].model.named_parameters())
+        return {n: _tensors(work.optimizers[i].state.get(p, {})) for n, p in named.items()}
+    found = {}
+    for n, w in work.members.weights.items():
+        held = _tensors(work.optimizer.state.get(w, {}))
+        found[n] = {k: t[i].clone() if t.shape == w.shape else t.clone() for k, t in held.items()}
+    return found
+
+
+def _load_optimizers(part: Part, states: Sequence[OfWeights]) -> None:
+    """Go on with what `optimizer_state` gave for each member."""
+    work = part.work
+    if isinstance(work, Apart):
+        for run, optimizer, state in zip(work.runs, work.optimizers, states, strict=True):
+            into_optimizer(optimizer, run.model, state)
+        return
+    for n, w in work.members.weights.items():
+        each = [state.get(n, {}) for state in states]
+        work.optimizer.state.pop(w, None)
+        if each[0]:
+            whole = {k: torch.stack([s[k] for s in each]) for k, t in each[0].items() if t.shape == w.shape[1:] and k != "step"}
+            work.optimizer.state[w] = {k: whole.get(k, t.clone()) for k, t in each[0].items()}
+
+
+def into_optimizer(optimizer: Optimizer, model: nn.Module, state: OfWeights) -> None:
+    """Give an optimizer of one model what another remembered of its weights."""
+    for n, p in model.named_parameters():
+        optimizer.state.pop(p, None)
+        if state.get(n):
+            optimizer.state[p] = {k: t.clone() for k, t in state[n].items()}
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {k: t for k, t in state.items() if isinstance(t, Tensor)}
