@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from goodfit.sampling.prediction import Prediction as Prediction
     from goodfit.shrinking.shrink import shrink as shrink
     from goodfit.small_batches import merge_last as merge_last
+    from goodfit.stack.stack import Stack as Stack
     from goodfit.streams.parquet import Parquet as Parquet
 
 __version__ = "0.1.0"
@@ -93,6 +94,7 @@ _NAMES = {
     "Path": "paths.result",
     "Prediction": "sampling.prediction",
     "Run": "run",
+    "Stack": "stack.stack",
     "VarianceShift": "batchnorms.variance_shift",
     "convert_batchnorm": "batchnorms.convert",
     "explain": "explanation",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,22 +15,14 @@ from torch.utils._pytree import tree_map
 from goodfit.cocktail import as_cocktail
 from goodfit.errors import GoodfitError, GoodfitWarning, listed
 from goodfit.losses import loss_of
-from goodfit.processes import world
 from goodfit.run import Run
 from goodfit.stack.apart import Apart
+from goodfit.stack.given import Each, one_each, refuse_members
 from goodfit.stack.groups import grouped
 from goodfit.stack.optimizers import MakeOptimizer, Rate, lr_at, plain_optimizer
 from goodfit.stack.saved import going_in, into_optimizer, load_stack, optimizer_state, stack_state
 
 __all__ = ["Stack"]
-
-
-@dataclass(frozen=True)
-class Each:
-    """A batch as each part of a stack sees it. own: whether each member has its own."""
-
-    parts: tuple[Any, ...]
-    own: tuple[bool, ...]
 
 
 class Stack:
@@ -69,15 +60,15 @@ class Stack:
     ) -> None:
         mixes = [as_cocktail(one) for one in cocktails]
         made = [models() for _ in mixes] if callable(models) else list(models)
-        _refuse(mixes, made, optimizer, lr, example)
+        refuse_members(mixes, made, optimizer, lr, example)
         self.models, self.members = made, list(range(len(made)))
         measure = loss if loss is not None else loss_of(task or "")
-        each = _one_each(seeds, len(made), "seeds")
+        each = one_each(seeds, len(made), "seeds")
         self.runs = [
             Run(mix, model, loss=measure, example=example, seed=seed)
             for mix, model, seed in zip(mixes, made, each, strict=True)
         ]
-        self._measure, self._make, self._lrs = measure, optimizer, _one_each(lr, len(made), "lr")
+        self._measure, self._make, self._lrs = measure, optimizer, one_each(lr, len(made), "lr")
         self._parts = grouped(self.runs, each, self._lrs, optimizer, example)
         for part in self._parts:
             if isinstance(part.work, Apart) and part.why:
@@ -235,24 +226,3 @@ class Stack:
             return found[0]
         places = {k: i for i, k in enumerate(k for part in self._parts for k in part.members)}
         return torch.cat(list(found))[torch.tensor([places[k] for k in self.members], device=found[0].device)]
-
-
-def _one_each(given: Any, count: int, name: str) -> list[Any]:
-    if not isinstance(given, Sequence):
-        return [given] * count
-    if len(given) != count:
-        raise GoodfitError(f"Stack takes one of {name} for each of the {count} members, or one for all, got {len(given)}.")
-    return list(given)
-
-
-def _refuse(mixes: Sequence[Any], models: Sequence[Any], optimizer: Any, lr: Any, example: Any) -> None:
-    if not mixes or len(mixes) != len(models):
-        raise GoodfitError(f"Stack takes as many models as cocktails, one or more, got {len(models)} and {len(mixes)}.")
-    if len({id(model) for model in models}) < len(models):
-        raise GoodfitError("Each member of a stack needs a model of its own, got one twice; copy.deepcopy makes another.")
-    if example is None:
-        raise GoodfitError("Stack needs an example batch, example=x, on which the models are built and compared.")
-    if optimizer is not None and lr != 1e-3:
-        raise GoodfitError("Stack takes lr= for AdamW, or optimizer=, which has its own; leave one out.")
-    if world() > 1:
-        raise GoodfitError("A stack trains in one process, got several; give each process a stack of its own.")

@@ -1,0 +1,424 @@
+"""A stack: member k is what its cocktail gives alone, whatever the others are and do."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import goodfit as gf
+from goodfit.errors import GoodfitError, GoodfitWarning
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+X = draw(80, 6, seed=1)
+Y = (X[:, 0] * X[:, 1] + X[:, 2] > 0).long() + (X[:, 3] > 1).long()
+P = F.one_hot(Y, 3).double()
+TRAIN, VALID = [(X[i : i + 16], P[i : i + 16]) for i in range(0, 64, 16)], [(X[64:], P[64:])]
+
+
+def net(seed: int = 0, *widths: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    sizes = [6, *(widths or (12, 12))]
+    layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], 3)).double()
+
+
+def adamw(parameters: Any, lr: Any, step: int = 0) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr.at(step) if isinstance(lr, gf.schedules.Schedule) else lr, weight_decay=0.0)
+
+
+def go_on(run: gf.Run, optimizer: Any, epochs: range, lr: Any = None, data: Sequence[Any] = TRAIN, valid: Any = VALID) -> int:
+    """The reference loop; how many checks there were."""
+    model, step = run.model, len(data) * epochs.start
+    for epoch in epochs:
+        model.train()
+        for x, y in data:
+            if isinstance(lr, gf.schedules.Schedule):
+                optimizer.param_groups[0]["lr"] = lr.at(step)
+            x, y = run.batch(x, y)
+            optimizer.zero_grad()
+            run.loss(x, y).backward()
+            run.gradient(optimizer)
+            optimizer.step()
+            run.step(optimizer)
+            step += 1
+        with run.view(data):
+            model.eval()
+            with torch.no_grad():
+                score = float(run._loss(model(valid[0][0]), valid[0][1]))
+            if not run.epoch(score):
+                return epoch + 1
+    return epochs.stop
+
+
+def alone(
+    cocktail: Any, model: nn.Module, *, lr: Any = 1e-2, seed: int = 0, epochs: int = 12, make: Any = None, **how: Any
+) -> nn.Module:
+    data = how.pop("data", TRAIN)
+    run = gf.Run(cocktail, model, example=data[0][0], seed=seed, **({"task": "classes"} | how.pop("run", {})))
+    optimizer = make(model.parameters()) if make else adamw(model.parameters(), lr)
+    go_on(run, optimizer, range(epochs), lr, data, **how)
+    return run.finish(data)
+
+
+def trained(stack: gf.Stack, epochs: range, data: Sequence[Any] = TRAIN, valid: Any = VALID) -> gf.Stack:
+    for _ in epochs:
+        for x, y in data:
+            stack.learn(x, y)
+        with stack.view(data):
+            going = stack.epoch(stack.score(valid))
+        if not going:
+            break
+    return stack
+
+
+def far(one: nn.Module, other: nn.Module) -> float:
+    """The largest difference, NaN being equal to NaN."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max(float((a - b).abs().nan_to_num(0.0 if bool(a.isnan().equal(b.isnan())) else 9e9).max()) for a, b in pairs)
+
+
+def compare(
+    cocktails: Sequence[Any], models: Sequence[nn.Module], *, lr: Any = 1e-2, seeds: Any = 0, epochs: int = 12, **how: Any
+) -> gf.Stack:
+    """Train a stack, and each member alone; all must be the same."""
+    count = len(models)
+    lrs, each = (one if isinstance(one, list) else [one] * count for one in (lr, seeds))
+    solo = [copy.deepcopy(model) for model in models]
+    make, of_run = how.get("make"), how.get("run", {"task": "classes"})
+    options = {"optimizer": make} if make else {"lr": lr}
+    data, valid = how.get("data", TRAIN), how.get("valid", VALID)
+    stack = gf.Stack(cocktails, models, example=data[0][0], seeds=seeds, **options, **of_run)
+    trained(stack, range(epochs), data, valid)
+    found = stack.finish(data)
+    for k, model in enumerate(solo):
+        single = alone(cocktails[k], model, lr=lrs[k], seed=each[k], epochs=epochs, **how)
+        assert far(found[k], single) < 1e-9, f"member {k}: {cocktails[k]}"
+        assert found[k] is models[k]
+    return stack
+
+
+MIX = [
+    "L2(1e-3), Dropout(0.2), BatchNorm(), EarlyStopping(2)",
+    "L1(1e-3), Dropout(0.5), BatchNorm(), EarlyStopping(3)",
+    "WeightDecay(0.1), Dropout(0.1), BatchNorm(), EMA(0.9), EarlyStopping(4)",
+    "MixUp(0.4), Dropout(0.1), BatchNorm(), SAM(0.1), ClipNorm(0.5), EMA(0.8), EarlyStopping(2)",
+    "MixUp(0.8), Dropout(0.4), BatchNorm(), SAM(0.05), GradientNoise(0.01), EarlyStopping(3)",
+    "MixUp(0.8), LabelSmoothing(0.1), Lookahead(0.5), GradientNoise(0.01)",
+    "FGSM(0.1), L2(1e-3), SWA(), Orthogonal(0.01)",
+    "SAM(0.05), MaxNorm(1.0), Flooding(0.2), BatchNorm(), Dropout(linear(0, 0.5, steps=30))",
+    "GroupLasso(1e-3), ElasticNet(1e-3), ConfidencePenalty(0.1), InputNoise(0.1), CutMix(0.5)",
+]
+
+
+@pytest.mark.parametrize("lr", [1e-2, [1e-2 * (1 + k / 5) for k in range(len(MIX))]], ids=["one lr", "many"])
+def test_a_member_is_what_its_cocktail_gives_alone(lr: Any) -> None:
+    compare(MIX, [net(k) for k in range(len(MIX))], lr=lr, seeds=list(range(len(MIX))), epochs=14)
+
+
+NUMBERS = {
+    "L2": (1e-4, 1e-1),
+    "L1": (1e-5, 1e-2),
+    "WeightDecay": (1e-3, 0.5),
+    "MaxNorm": (0.5, 3.0),
+    "ClipNorm": (0.01, 2.0),
+    "ClipValue": (0.01, 0.5),
+    "GradientNoise": (1e-4, 0.1),
+    "EMA": (0.5, 0.99),
+    "SWA": (1.0, 1.0),
+    "Lookahead": (0.3, 0.9),
+    "MixUp": (0.05, 2.0),
+    "CutMix": (0.1, 1.0),
+    "CutOut": (0.1, 1.0),
+    "LabelSmoothing": (0.01, 0.3),
+    "InputNoise": (0.01, 0.5),
+    "Flooding": (0.01, 0.8),
+    "ConfidencePenalty": (0.01, 1.0),
+    "Orthogonal": (1e-4, 1e-2),
+    "GroupLasso": (1e-4, 1e-2),
+    "ElasticNet": (1e-4, 1e-2),
+    "L2SP": (1e-3, 1.0),
+}
+
+
+@st.composite
+def cocktails(make: Callable[..., Any]) -> str:
+    built = make(st.sampled_from([[], ["BatchNorm()"], ["Dropout({})"], ["BatchNorm()", "Dropout({})"]]))
+    first = make(st.sampled_from([[], [], ["SAM({})"], ["FGSM({})"]]))
+    kinds = make(st.lists(st.sampled_from(sorted(NUMBERS)), unique=True, max_size=5))
+    last = make(st.sampled_from([[], ["EarlyStopping(1)"], ["EarlyStopping(3)"], ["EarlyStopping(Patience(2) | GL(20))"]]))
+    text = [one.format(make(st.floats(0.01, 0.6))) for one in (*built, *first)]
+    text += [f"{kind}({make(st.floats(*NUMBERS[kind]))!r})" for kind in kinds]
+    return ", ".join([*text, *last]) or "L2(0.0)"
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(cocktails(), min_size=2, max_size=5), st.lists(st.integers(2, 9), min_size=1, max_size=3), st.data())
+def test_random_cocktails_on_random_networks(mixes: list[str], widths: list[int], data: Any) -> None:
+    count = len(mixes)
+    lrs = data.draw(st.sampled_from([1e-2, [1e-2 * (1 + k) for k in range(count)]]))
+    seeds = data.draw(st.sampled_from([0, list(range(count))]))
+    compare(mixes, [net(k, *widths) for k in range(count)], lr=lrs, seeds=seeds, epochs=5)
+
+
+def test_what_stops_leaves_and_the_rest_is_computed_alone() -> None:
+    stack = gf.Stack([f"EarlyStopping({p})" for p in (1, 2, 9, 9)], [net(k) for k in range(4)], task="classes", example=X[:8])
+    seen = []
+    for epoch in range(6):
+        stack.epoch([0.5 + 0.1 * epoch] * len(stack.members))
+        seen.append(list(stack.members))
+        assert stack.score(VALID).shape == (len(stack.members),)
+    assert seen == [[0, 1, 2, 3], [1, 2, 3], [2, 3], [2, 3], [2, 3], [2, 3]]
+    assert stack.learn(*TRAIN[0]).shape == (2,)
+    stack.stop([2])
+    assert stack.members == [3]
+    assert next(iter(stack._parts[0].work.members.weights.values())).shape[0] == 1
+
+
+def test_a_member_that_diverges_touches_no_other() -> None:
+    mixes = ["L2(1e-3), BatchNorm(), ClipNorm(1.0), EMA(0.9)"] * 4
+    stack = compare(mixes, [net(k) for k in range(4)], lr=[1e-2, 1e300, 1e-2, 1e-3], seeds=[0, 1, 2, 3])
+    assert not all(t.isfinite().all() for t in stack.models[1].state_dict().values())
+    assert all(t.isfinite().all() for k in (0, 2, 3) for t in stack.models[k].state_dict().values())
+
+
+def test_one_member_and_many() -> None:
+    compare(["MixUp(0.2), BatchNorm(), Dropout(0.3), EMA(0.9), EarlyStopping(2)"], [net()])
+    mixes = [f"L2({k / 1e5}), Dropout({k / 1000}), EarlyStopping({1 + k % 4})" for k in range(300)]
+    stack = gf.Stack(mixes, [net(k, 3) for k in range(300)], task="classes", example=X[:8], seeds=list(range(300)))
+    found = trained(stack, range(4)).finish(TRAIN)
+    for k in (0, 7, 150, 299):
+        assert far(found[k], alone(mixes[k], net(k, 3), lr=1e-3, seed=k, epochs=4)) < 1e-9
+
+
+def test_members_of_other_shapes_and_orders_are_parts_of_one_stack() -> None:
+    mixes = ["ClipNorm(0.5), GradientNoise(0.1)", "GradientNoise(0.1), ClipNorm(0.5)", "ClipNorm(0.2)", "L2(0.1)"]
+    stack = compare(mixes, [net(0), net(1), net(2, 5), net(3)])
+    assert stack.members == [0, 1, 2, 3]
+    models = [net(0), net(1), net(2, 5), net(3)]
+    stack = gf.Stack(mixes, models, task="classes", example=X[:8])
+    assert [part.members for part in stack._parts] == [[0, 3], [1], [2]]
+    outputs = stack.outputs(X[:5])
+    for k, model in enumerate(models):
+        torch.testing.assert_close(outputs[k], model.eval()(X[:5]))
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.b(F.relu(self.a(x)))).mean((2, 3)))
+
+
+class Reads(nn.Module):
+    """It looks at a number, which no vmap allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * (2.0 if float(x.detach().sum()) > 1e9 else 1.0) + float(self.body[0].bias.detach()[0]) * 0
+
+
+@pytest.mark.parametrize("mix", ["BatchNorm(), CutMix(0.5), SAM(0.1)", "ChannelDropout(0.3), L2(1e-3), EMA(0.9)"])
+def test_convolutions(mix: str) -> None:
+    images = draw(48, 1, 8, 8, seed=3)
+    data = [(images[i : i + 12], P[i : i + 12]) for i in (0, 12, 24)]
+    models = []
+    for k in range(3):
+        torch.manual_seed(k)
+        models.append(
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+        )
+    models = [model.double() for model in models]
+    compare([mix] * 3, models, seeds=[1, 2, 3], epochs=4, data=data, valid=[(images[36:], P[36:48])])
+
+
+def test_what_cannot_be_computed_at_once_is_trained_one_after_the_other_and_told() -> None:
+    with pytest.warns(GoodfitWarning, match="2 members are trained one after the other: vmap: It looks like you're"):
+        stack = gf.Stack(
+            ["L2(1e-3)", "EMA(0.9), EarlyStopping(2)", "L2(0.1)"], [Reads(), Reads(), net()], task="classes", example=X[:8]
+        )
+    found = trained(stack, range(5)).finish()
+    for k, (mix, model) in enumerate((("L2(1e-3)", Reads()), ("EMA(0.9), EarlyStopping(2)", Reads()), ("L2(0.1)", net()))):
+        assert far(found[k], alone(mix, model, lr=1e-3, epochs=5)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=0.01),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True),
+        lambda p: torch.optim.Adagrad(p, lr=0.1),
+    ],
+    ids=["SGD", "Adam", "RMSprop", "Adagrad"],
+)
+def test_other_optimizers(make: Any) -> None:
+    compare(
+        ["L1(1e-3), Dropout(0.1)", "GroupLasso(1e-3), Dropout(0.3)", "ElasticNet(1e-2), WeightDecay(0.1)"],
+        [net(k) for k in range(3)],
+        make=make,
+    )
+
+
+def test_an_optimizer_that_mixes_numbers_is_used_alone() -> None:
+    models, mixes = [net(0), net(1)], ["L2(1e-3)", "L2(1e-2)"]
+    make = torch.optim.Muon if hasattr(torch.optim, "Muon") else torch.optim.Rprop
+
+    def made(parameters: Any) -> torch.optim.Optimizer:
+        matrices = [p for p in parameters if p.ndim >= 2]
+        return make(matrices, lr=0.01)
+
+    for model in models:
+        for name, p in model.named_parameters():
+            p.requires_grad_("weight" in name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GoodfitWarning)
+        if make is torch.optim.Muon:
+            with pytest.raises(Exception, match="Muon"):
+                gf.Stack(mixes, models, task="classes", example=X[:8], optimizer=lambda p: make(list(p), lr=0.01))
+    with pytest.warns(GoodfitWarning, match="a number of Rprop may depend on other numbers"):
+        compare(mixes, [net(0), net(1)], make=lambda p: torch.optim.Rprop(p, lr=0.01))
+    del made
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_schedules_of_the_learning_rate(many: bool) -> None:
+    lr: Any = gf.schedules.cosine(0.02, 0.0, steps=40)
+    lr = [lr, gf.schedules.linear(0.01, 0.05, steps=9), 0.01] if many else lr
+    compare(["L1(1e-3), Dropout(0.1)", "WeightDecay(0.3)", "L2(0.1)"], [net(k) for k in range(3)], lr=lr)
+
+
+def test_several_batches_in_a_step_and_batches_of_their_own() -> None:
+    mixes = ["MixUp(0.3), Dropout(0.3)", "Dropout(0.2), LabelSmoothing(0.1)"]
+    models = [net(0), net(1)]
+    solo = [copy.deepcopy(model) for model in models]
+    stack = gf.Stack(mixes, models, task="classes", example=X[:8], seeds=[5, 6], lr=1e-2)
+    orders = [torch.randperm(64, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    runs = [
+        gf.Run(mix, model, task="classes", example=X[:8], seed=5 + k)
+        for k, (mix, model) in enumerate(zip(mixes, solo, strict=True))
+    ]
+    optimizers = [adamw(model.parameters(), 1e-2) for model in solo]
+    for i in range(0, 64, 16):
+        stack.zero_grad()
+        for j in (i, i + 8):
+            rows = torch.stack([order[j : j + 8] for order in orders])
+            stack.loss(*stack.batch(X[rows], P[rows], own=True)).sum().backward()
+        stack.gradient()
+        stack.move()
+        stack.step()
+        for run, optimizer, order in zip(runs, optimizers, orders, strict=True):
+            optimizer.zero_grad()
+            for j in (i, i + 8):
+                run.loss(*run.batch(X[order[j : j + 8]], P[order[j : j + 8]])).backward()
+            run.gradient(optimizer)
+            optimizer.step()
+            run.step(optimizer)
+    for one, other in zip(stack.finish(), solo, strict=True):
+        assert far(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("lr", [1e-2, [1e-2, 2e-2, 3e-2, 1e-2]], ids=["one lr", "many"])
+def test_a_stack_is_saved_and_goes_on(lr: Any, tmp_path: Any) -> None:
+    mixes = [*MIX[:3], "L1(1e-3), Lookahead(0.5), EarlyStopping(1)"]
+
+    def start() -> gf.Stack:
+        return gf.Stack(mixes, [net(k) for k in range(4)], task="classes", example=X[:8], lr=lr, seeds=[1, 2, 3, 4])
+
+    whole = trained(start(), range(14)).finish(TRAIN)
+    first = trained(start(), range(9))
+    assert 0 < len(first.members) < 4
+    gf.Checkpoints(tmp_path).watch(stack=first).save(9)
+    again = start()
+    assert gf.Checkpoints(tmp_path).watch(stack=again).restore() == 9
+    assert again.members == first.members
+    for one, other in zip(trained(again, range(9, 14)).finish(TRAIN), whole, strict=True):
+        assert far(one, other) == 0.0
+
+
+def test_a_member_goes_on_alone() -> None:
+    for lr in (1e-2, [1e-2, 2e-2, 3e-2]):
+        mixes = ["L2(1e-3), Dropout(0.3), EMA(0.9)", "L1(1e-3), Dropout(0.1)", "BatchNorm()"]
+        stack = trained(
+            gf.Stack(mixes, [net(k) for k in range(3)], task="classes", example=X[:8], lr=lr, seeds=[1, 2, 3]), range(4)
+        )
+        run, optimizer = stack.alone(1)
+        assert stack.members == [0, 2]
+        go_on(run, optimizer, range(4, 9))
+        single = alone(mixes[1], net(1), lr=lr[1] if isinstance(lr, list) else lr, seed=2, epochs=9)
+        assert far(run.finish(), single) < 1e-9
+        trained(stack, range(4, 9))
+        first = alone(mixes[0], net(0), lr=lr[0] if isinstance(lr, list) else lr, seed=1, epochs=9)
+        assert far(stack.finish(TRAIN)[0], first) < 1e-9
+
+
+def test_numbers_and_a_loss_of_ones_own() -> None:
+    y = X[:, :1].sin()
+    data = [(X[i : i + 16], y[i : i + 16]) for i in range(0, 64, 16)]
+
+    def models() -> list[nn.Module]:
+        return [nn.Sequential(net(k), nn.Linear(3, 1)).double() for k in range(2)]
+
+    def own(outputs: Tensor, y: Tensor) -> Tensor:
+        return (outputs - y).abs().pow(1.5).mean() + outputs.square().mean() * (0.1 if y.shape[0] > 1 else 0.0)
+
+    def reads(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(outputs, y) * (2.0 if float(y.sum()) > -1e9 and float(outputs.detach().sum()) < 1e9 else 1.0)
+
+    for run in ({"task": "numbers"}, {"loss": own}, {"loss": reads}):
+        compare(["L2(1e-3), Dropout(0.2)", "SAM(0.1)"], models(), data=data, valid=[(X[64:], y[64:])], run=run, epochs=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (
+            lambda: gf.Stack(["L2(0.1)"] * 2, [net()], task="classes", example=X),
+            "as many models as cocktails, one or more, got 1 and 2",
+        ),
+        (lambda: gf.Stack([], [], task="classes", example=X), "got 0 and 0"),
+        (lambda: gf.Stack(["L2(0.1)"] * 2, [net()] * 2, task="classes", example=X), "needs a model of its own, got one twice"),
+        (lambda: gf.Stack(["L2(0.1)"], [net()], task="classes"), "Stack needs an example batch"),
+        (lambda: gf.Stack(["L2(0.1)"], [net()], example=X), "task must be 'classes' or 'numbers'"),
+        (
+            lambda: gf.Stack(["L2(0.1)"], [net()], task="classes", example=X, lr=[1, 2]),
+            "takes one of lr for each of the 1 members",
+        ),
+        (
+            lambda: gf.Stack(["L2(0.1)"], [net()], task="classes", example=X, lr=1.0, optimizer=torch.optim.Adam),
+            "leave one out",
+        ),
+        (
+            lambda: gf.Stack(["MixUp(0.1)"], [net()], task="classes", example=X).batch(X, Y),
+            "MixUp needs y as probabilities or reals",
+        ),
+        (
+            lambda: gf.Stack(["L2(0.1)"], [net()], task="classes", example=X).epoch([1.0, 2.0]),
+            "one score for each of the 1 members",
+        ),
+        (
+            lambda: gf.Stack(["L2(0.1)"], [net()], task="classes", example=X).load_state_dict({}),
+            "what a stack of 1 members gave",
+        ),
+        (lambda: gf.Stack(["L2(0.1)"], [net()], task="classes", example=X).alone(3), "Member 3 does not go on in this stack"),
+    ],
+)
+def test_what_makes_no_stack_is_refused(make: Callable[[], Any], line: str) -> None:
+    with pytest.raises(GoodfitError, match=line):
+        make()
