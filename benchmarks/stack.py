@@ -13,8 +13,8 @@ vmap        `torch.func.stack_module_state` and `vmap` as in PyTorch's tutorial 
 The loops have up to 16 members, more cost as much each. The floor is what no order of operations goes below that multiplies
 matrices and touches each number as seldom as possible: operations of the products over the rate of a large product, and bytes
 over bandwidth, one after the other. For each hidden number these are 11 passes in cache (written by the product, read and
-written by norm, activation and dropout in one, read by the next product; a gradient likewise, with both kept numbers, read by two
-products), for each weight 8 in memory (weight, gradient and two moments read and written). In each row the ways take turns;
+written by norm, activation and dropout in one, read by the next product; a gradient likewise, with both kept numbers, read by
+two products), for each weight 8 in memory (weight, gradient and two moments read and written). In each row the ways take turns;
 each has the best of its steps. Prints one table and writes it as CSV, with the machine as JSON, beside this file.
 """
 
@@ -169,7 +169,7 @@ def by_two(pipes: list[Connection], shape: Shape, seconds: float) -> float:
 
 
 def measured() -> dict[str, float]:
-    """What this machine does with one thread: a large product, and copies in cache and in memory, each read and write counted."""
+    """What this machine does with one thread: a large product, and copies in cache and in memory, reads and writes counted."""
     a, b, c = (torch.randn(1024, 1024) for _ in range(3))
     rates = {"operations/s": 2 * 1024**3 / best(lambda: torch.mm(a, b, out=c), 1)}
     for name, numbers in (("bytes/s in cache", 2**17), ("bytes/s", 2**26)):

@@ -291,6 +291,43 @@ def test_gradients_are_taken_and_not_copied() -> None:
     assert params["0.bias"].grad is None  # at rest before a norm
 
 
+def test_weights_may_lie_in_any_order() -> None:
+    model, x = cocktail(mlp(4, 6, 6, 3), torch.zeros(3, 4), *FULL), torch.randn(9, 4)
+    chain = chain_of(model)
+    assert chain is not None
+    params, buffers = members(model, 3)
+    expected = result(chain, model, params, buffers, x)
+    moved = {
+        n: p.detach().movedim(0, -1).contiguous().movedim(-1, 0).requires_grad_(p.requires_grad) for n, p in params.items()
+    }
+    for name, found in result(chain, model, moved, buffers, x).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_last_part_may_be_short(training: bool) -> None:
+    x = torch.randn(9, 4)
+    model = cocktail(mlp(4, 6, 5, 3), torch.zeros(3, 4), *FULL).train(training)
+    agree(model, x, 5, size=2 * 9 * 6 * 8)
+    params, buffers = members(model, 5)
+    chain = chain_of(model)
+    assert chain is not None
+    chain.part_bytes = 2 * 9 * 6 * 8
+    rewind(model)
+    with torch.no_grad():
+        expected = by_loop(model, params, {n: b.clone() for n, b in buffers.items()}, x, False)
+        rewind(model)
+        torch.testing.assert_close(chain(params, buffers, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parts_fill_the_cache_and_no_more() -> None:
+    chain = chain_of(mlp(4, 64, 128, 3))
+    assert chain is not None
+    assert chain.at_once(128) == 16  # 16 · 128 · 128 numbers of four bytes are 1 MiB
+    assert chain.at_once(128, torch.float64) == 8
+    assert chain.at_once(10**6) == 1
+
+
 def test_one_row_has_no_variance() -> None:
     model = cocktail(mlp(4, 6, 3), torch.zeros(3, 4), *FULL)
     chain = chain_of(model)

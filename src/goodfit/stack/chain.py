@@ -68,14 +68,14 @@ class Chain:
             )
         return x.mT
 
-    def _size(self, rows: int, like: Tensor) -> int:
-        """How many members at a time."""
-        return max(1, self.part_bytes // (rows * self.widest * like.element_size()))
+    def at_once(self, rows: int, dtype: torch.dtype = torch.float32) -> int:
+        """How many members go through together, of all that are given."""
+        return max(1, self.part_bytes // (rows * self.widest * dtype.itemsize))
 
     def _forward(self, whole: Pass, x: Tensor) -> tuple[Tensor, list[Part]]:
         if x.ndim == 2:
             x = x.contiguous()
-        parts = whole.parts(self._size(x.shape[-1], x))
+        parts = whole.parts(self.at_once(x.shape[-1], x.dtype))
         out = x.new_empty(0)
         for part in parts:
             y, free = (x if x.ndim == 2 else x[part.span]), False
@@ -115,7 +115,7 @@ class _Passed(torch.autograd.Function):
     def backward(context: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         chain, (x, *leaves) = context.chain, context.saved_tensors
         of_x, *needed = context.needs_input_grad[3:]
-        gradients = {n: torch.empty_like(t) for n, t, need in zip(chain.names, leaves, needed, strict=True) if need}
+        gradients = {n: t.new_empty(t.shape) for n, t, need in zip(chain.names, leaves, needed, strict=True) if need}
         wanted, earlier = [], of_x
         for piece in chain.pieces:
             wanted.append(earlier)

@@ -37,13 +37,16 @@ class Pass:
         return self.memory.take(key, shape, dtype or like.dtype, like.device)
 
     def parts(self, size: int) -> list[Part]:
-        """All members, some at a time; where nothing is kept for a backward all parts use the same memory."""
+        """All members, some at a time; where nothing is kept for a backward all but a short one use the same memory."""
         if size >= self.members:
             return [Part(self, 0, slice(0, self.members), self.params)]
         spans = [slice(start, min(start + size, self.members)) for start in range(0, self.members, size)]
         cut = {name: torch.split(t, size) for name, t in self.params.items()}
         return [
-            Part(self, i * self.keeps, span, {name: pieces[i] for name, pieces in cut.items()}) for i, span in enumerate(spans)
+            Part(
+                self, i if self.keeps else int(span.stop - span.start < size), span, {n: pieces[i] for n, pieces in cut.items()}
+            )
+            for i, span in enumerate(spans)
         ]
 
 
