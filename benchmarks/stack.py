@@ -5,7 +5,7 @@
 A member is a multilayer perceptron of 32 features and 10 classes, each hidden layer Linear, BatchNorm, ReLU, Dropout(0.2), in
 float32, trained by AdamW on batches that all members share. Ways, each with one thread:
 
-chain       `goodfit.stack.chain`, with fused AdamW on the stacked weights
+stack       `gf.Stack` with Dropout(0.2), a seed for each member, and its AdamW; `learn` is all of a step
 loop        a plain loop over members: nn.Dropout, nn.BatchNorm1d, fused AdamW, nothing else
 2 loops     the same in two processes at the same time
 vmap        `torch.func.stack_module_state` and `vmap` as in PyTorch's tutorial on ensembles, with fused AdamW
@@ -36,8 +36,7 @@ from table import show, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from goodfit.layers.dropout import SeededDropout
-from goodfit.stack.chain_plan import chain_of
+import goodfit as gf
 
 FEATURES, CLASSES, P = 32, 10, 0.2
 IN_LOOP = 16
@@ -72,34 +71,24 @@ class Shape:
 Step = Callable[[], Any]
 
 
-def network(shape: Shape, dropout: Callable[[int], nn.Module]) -> nn.Sequential:
+def network(shape: Shape, *dropout: nn.Module) -> nn.Sequential:
     layers, width = list[nn.Module](), FEATURES
-    for i in range(shape.hidden):
-        layers += [nn.Linear(width, shape.width), nn.BatchNorm1d(shape.width), nn.ReLU(), dropout(i)]
+    for _ in range(shape.hidden):
+        layers += [nn.Linear(width, shape.width), nn.BatchNorm1d(shape.width), nn.ReLU(), *dropout]
         width = shape.width
     return nn.Sequential(*layers, nn.Linear(width, CLASSES))
 
 
-def chain(shape: Shape) -> Step:
-    model = network(shape, lambda i: SeededDropout(f"dropout{i}", P))
-    params = {n: nn.Parameter(p.detach().expand(shape.members, *p.shape).clone()) for n, p in model.named_parameters()}
-    buffers = {n: b.expand(shape.members, *b.shape).clone() for n, b in model.named_buffers()}
-    buffers |= {n: torch.arange(shape.members) for n in buffers if n.endswith("seed")}
-    optimizer, (x, y) = torch.optim.AdamW(params.values(), fused=True), shape.data()
-    together, targets = chain_of(model), y.expand(shape.members, -1)
-    assert together is not None
-
-    def step() -> None:
-        optimizer.zero_grad()
-        outputs = together(params, buffers, x)
-        F.cross_entropy(outputs.mT, targets, reduction="none").mean(1).sum().backward()
-        optimizer.step()
-
-    return step
+def stack(shape: Shape) -> Step:
+    bare = [network(shape) for _ in range(shape.members)]
+    x, y = shape.data()
+    cocktails, seeds = [f"Dropout({P})"] * shape.members, list(range(shape.members))
+    together = gf.Stack(cocktails, bare, task="classes", example=x, seeds=seeds)
+    return lambda: together.learn(x, y)
 
 
 def loop(shape: Shape) -> Step:
-    models = [network(shape, lambda i: nn.Dropout(P)) for _ in range(min(shape.members, IN_LOOP))]
+    models = [network(shape, nn.Dropout(P)) for _ in range(min(shape.members, IN_LOOP))]
     members, (x, y) = [(model, torch.optim.AdamW(model.parameters(), fused=True)) for model in models], shape.data()
 
     def step() -> None:
@@ -112,7 +101,7 @@ def loop(shape: Shape) -> Step:
 
 
 def vmap(shape: Shape) -> Step:
-    models = [network(shape, lambda i: nn.Dropout(P)) for _ in range(shape.members)]
+    models = [network(shape, nn.Dropout(P)) for _ in range(shape.members)]
     params, buffers = torch.func.stack_module_state(models)
     base, (x, y) = models[0].to("meta"), shape.data()
     optimizer = torch.optim.AdamW(params.values(), fused=True)
@@ -179,9 +168,9 @@ def measured() -> dict[str, float]:
 
 
 def row(shape: Shape, machine: dict[str, float], pipes: list[Connection], turns: int, seconds: float) -> dict[str, Any]:
-    steps = {"chain": (chain(shape), shape.members), "loop": (loop(shape), min(shape.members, IN_LOOP))}
+    steps = {"stack": (stack(shape), shape.members), "loop": (loop(shape), min(shape.members, IN_LOOP))}
     steps["vmap"] = (vmap(shape), shape.members)
-    times = dict.fromkeys(["chain", "loop", "2 loops", "vmap"], float("inf"))
+    times = dict.fromkeys(["stack", "loop", "2 loops", "vmap"], float("inf"))
     for _ in range(turns):
         for way, (step, members) in steps.items():
             times[way] = min(times[way], best(step, seconds) / members)
@@ -191,7 +180,7 @@ def row(shape: Shape, machine: dict[str, float], pipes: list[Connection], turns:
     for way, spent in times.items():
         found |= {f"{way}/s": round(1 / spent), f"{way} : floor": round(spent / floor, 1)}
     found |= {"floor/s": round(1 / floor), "loop : floor": round(times["loop"] / floor, 1)}
-    return found | {f"{way} : chain": round(times[way] / times["chain"], 2) for way in ("loop", "2 loops", "vmap")}
+    return found | {f"{way} : stack": round(times[way] / times["stack"], 2) for way in ("loop", "2 loops", "vmap")}
 
 
 def shapes(every: bool) -> Iterator[Shape]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import goodfit as gf
+from goodfit.chain.chain import Chain
+from goodfit.chain.plan import chain_of
 from goodfit.errors import GoodfitError
 from goodfit.layers.dropout import SeededDropout
 from goodfit.layers.seeded import Seeded
 from goodfit.layers.skip import Carried, Skip, SkipStart
-from goodfit.stack.chain import Chain
-from goodfit.stack.chain_plan import chain_of
 
 ACTIVATIONS = {
     "relu": nn.ReLU,

@@ -255,8 +255,8 @@ def test_rates_grow_linearly_with_depth_and_where_picks_without_counting_anew() 
     assert [m.p for m in layers(DropPath(0.4, linear=False).build(vit(), TOKENS))] == [0.4] * 4
     model = DropPath(0.4, where=named("*.mlp")).build(vit(), TOKENS)
     assert {n: m.p for n, m in model.named_modules() if isinstance(m, SeededDropPath)} == {
-        "0.mlp.drop_path": 0.2,
-        "1.mlp.drop_path": 0.4,
+        "0.mlp.drop_path.layer": 0.2,
+        "1.mlp.drop_path.layer": 0.4,
     }
 
 

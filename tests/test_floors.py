@@ -33,7 +33,7 @@ FLOORS = [
     },
     {"dataflow", "layers"},
     {"surgery"},
-    {"batchnorms", "folding", "sampling", "shrinking"},
+    {"batchnorms", "chain", "folding", "sampling", "shrinking"},
     {"phases", "rates"},
     {"stop"},
     {"regularizers"},

@@ -481,3 +481,26 @@ def test_a_transformer_layer_of_torch_has_its_rates_set_and_runs_in_both_modes()
     model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(6, 1))
     assert added(model, Dropout(0.3), torch.randn(2, 5, 6)) == []
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.3}
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.body(x))
+
+
+@pytest.mark.parametrize(
+    ("cocktail", "kind"), [("DropPath(0.5)", "SeededDropPath"), ("InputDropout(0.5)", "SeededInputDropout")]
+)
+def test_what_is_hung_into_a_container_is_run_once(cocktail: str, kind: str) -> None:
+    for model in (nn.Sequential(Adds(), nn.Linear(2, 3)), nn.Sequential(nn.Linear(4, 4), Adds())):
+        gf.Run(cocktail, model, example=torch.ones(6, 4))
+        layer = next(m for m in model.modules() if type(m).__name__ == kind)
+        runs: list[Any] = []
+        layer.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        outputs = model.train()(torch.ones(64, 4))
+        assert len(runs) == 1
+        assert bool((outputs != 0).all())

@@ -110,6 +110,5 @@ class Branching(Build):
     def _insert(self, branch: Branch, axis: int) -> str:
         host: Any = branch.module
         child = f"inserted_{self.child}" if hasattr(host, self.child) else self.child
-        name = f"{branch.name}.{child}"
-        insert_after(host, child, self.made(name, axis=axis))
-        return name
+        layer = self.made(f"{branch.name}.{child}", axis=axis)
+        return f"{branch.name}.{insert_after(host, child, layer)}"

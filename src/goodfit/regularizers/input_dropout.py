@@ -39,7 +39,7 @@ class InputDropout(Build):
         visible units; Maaten et al. 2013, Learning with marginalized corrupted features.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> InputDropout(0.1).build(model, torch.zeros(2, 4)).inputdropout_input
+    >>> InputDropout(0.1).build(model, torch.zeros(2, 4)).inputdropout_input.layer
     SeededInputDropout(p=0.1)
     """
 
@@ -92,4 +92,4 @@ class InputDropout(Build):
 
 
 def _layers(model: nn.Module) -> list[SeededInputDropout]:
-    return [layer for layer in model.children() if isinstance(layer, SeededInputDropout)]
+    return [layer for layer in model.modules() if isinstance(layer, SeededInputDropout)]

@@ -12,9 +12,9 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map
 
+from goodfit.chain.plan import chain_of
 from goodfit.losses import loss_of, rowwise
 from goodfit.noise import Clock, Noisy
-from goodfit.stack.chain_plan import chain_of
 from goodfit.stack.members import Members
 
 __all__ = ["Forward", "losses_of"]

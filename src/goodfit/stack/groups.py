@@ -49,7 +49,8 @@ def grouped(
     for members in _alike(runs):
         mine, rates = [runs[k] for k in members], [lrs[k] for k in members]
         why = mixing or _rolls_back(mine[0])
-        work = None if why else Together(mine, [seeds[k] for k in members])
+        single = len(members) == 1  # a run is faster then
+        work = None if why or single else Together(mine, [seeds[k] for k in members])
         if work is not None:
             why = work.forward.refuses(example)
         if work is not None and not why:

@@ -47,7 +47,7 @@ def refuse_mixing(make: MakeOptimizer) -> str:
     try:
         rates.formula_of(made)
     except GoodfitError:
-        return f"a number of {type(made).__name__} may depend on other numbers"
+        return f"a number of {type(made).__name__} may depend on others"
     return f"{type(made).__name__} maximizes" if any(group.get("maximize") for group in made.param_groups) else ""
 
 

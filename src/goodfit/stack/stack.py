@@ -44,6 +44,8 @@ class Stack:
     cocktails: of the members. models: as many, or one function that makes them. loss, task, example: as for Run. lr: of AdamW,
     one for all, or one for each, numbers or schedules; optimizer: a function from parameters to another optimizer of torch, in
     which each number counts by itself. seeds: of the noise, one for all, or one for each.
+
+    members: those that go on. stopped: why the others do not.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Stack:
         made = [models() for _ in mixes] if callable(models) else list(models)
         refuse_members(mixes, made, optimizer, lr, example)
         self.models, self.members = made, list(range(len(made)))
+        self.stopped: dict[int, str] = {}
         measure = loss if loss is not None else loss_of(task or "")
         each = one_each(seeds, len(made), "seeds")
         self.runs = [
@@ -140,7 +143,10 @@ class Stack:
         self._hand_over()
         with ExitStack() as within:
             for k in self.members:
-                within.enter_context(self.runs[k].view(batches))
+                try:
+                    within.enter_context(self.runs[k].view(batches))
+                except GoodfitError as wrong:  # of one member, which the others need not feel
+                    self.stopped[k] = str(wrong)
             yield
 
     def epoch(self, scores: Any, *, train_loss: Any = None, stderr: Any = None) -> bool:
@@ -149,11 +155,11 @@ class Stack:
         if told[0] is None or any(t is not None and len(t) != len(self.members) for t in told):
             raise GoodfitError(f"stack.epoch takes one score for each of the {len(self.members)} members that go on.")
         self._hand_over()
-        going = []
         for i, k in enumerate(self.members):
             others = {name: t[i] for name, t in zip(("train_loss", "stderr"), told[1:], strict=True) if t is not None}
-            going.append(self.runs[k].epoch(told[0][i], **others))
-        self._leave([k for k, go_on in zip(self.members, going, strict=True) if not go_on])
+            if k not in self.stopped and not self.runs[k].epoch(told[0][i], **others):
+                self.stopped[k] = self.runs[k].stopped
+        self._leave([k for k in self.members if k in self.stopped])
         return bool(self.members)
 
     def stop(self, members: Iterable[int]) -> None:
@@ -165,8 +171,13 @@ class Stack:
         """The models to keep, all K: averages, then the best that was scored, in place."""
         self._hand_over()
         self._leave(list(self.members))
-        for run in self.runs:
-            run.finish(batches)
+        for k, run in enumerate(self.runs):
+            try:
+                run.finish(batches)
+            except GoodfitError as wrong:
+                if len(self.runs) == 1:
+                    raise
+                warnings.warn(f"Member {k} stays as it is: {wrong}", GoodfitWarning, stacklevel=2)
         return self.models
 
     def alone(self, k: int) -> tuple[Run, Optimizer]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from goodfit.surgery.insert import hang
+from goodfit.surgery.insert import hang, hung
 
 __all__ = ["insert_on_input", "named_inputs", "runs_on_input"]
 
@@ -48,7 +48,7 @@ class _OnInput:
         self.name, self.child = name, child
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer = model.get_submodule(self.child)
+        layer = hung(model, self.child)
         if not layer.training:
             return None
         return _mapped_inputs(model, args, kwargs, lambda name, t: layer(t) if name == self.name else t)

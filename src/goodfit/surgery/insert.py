@@ -17,7 +17,9 @@ from goodfit.layers.skip import Skip
 from goodfit.surgery.within import Guard
 
 __all__ = [
+    "Aside",
     "hang",
+    "hung",
     "has_inserted",
     "insert_after",
     "insert_before",
@@ -48,13 +50,17 @@ def refuse_wrappers(model: nn.Module, who: str) -> None:
         raise GoodfitError(f"{who} edits the layers inside a model, got a single {kind}; wrap it in nn.Sequential.")
 
 
-def insert_after(host: nn.Module, name: str, layer: nn.Module) -> None:
-    """Let `layer` act on what `host` returns; a skip connection that ends there stays the last, so a norm is in its branch."""
-    hang(host, name, layer)
+def insert_after(host: nn.Module, name: str, layer: nn.Module) -> str:
+    """Let `layer` act on what `host` returns; by which name the host knows it.
+
+    A skip connection that ends there stays the last, so a norm is in its branch.
+    """
+    known = hang(host, name, layer)
     host.register_forward_hook(_After(name))
     for key, hook in list(host._forward_hooks.items()):
-        if isinstance(hook, _After) and isinstance(host.get_submodule(hook.name), Skip):
+        if isinstance(hook, _After) and isinstance(hung(host, hook.name), Skip):
             host._forward_hooks[key] = host._forward_hooks.pop(key)
+    return known
 
 
 def insert_before(host: nn.Module, name: str, layer: nn.Module) -> None:
@@ -103,12 +109,35 @@ def user_hooks(module: nn.Module) -> bool:
     return any(not isinstance(hook, _After | _Before | Guard) for hook in hooks)
 
 
-def hang(host: nn.Module, name: str, layer: nn.Module) -> None:
-    """Make `layer` a child of `host`, in the host's mode."""
+def hang(host: nn.Module, name: str, layer: nn.Module) -> str:
+    """Make `layer` a child of `host`, in the host's mode; by which name the host knows it.
+
+    A host with layers of its own may run all that it holds, as nn.Sequential does: there the layer stands aside.
+    """
     if hasattr(host, name):
         raise GoodfitError(f"{type(host).__name__} already has a {name!r}: the model was built before, build a fresh one.")
-    host.add_module(name, layer)
+    quiet = inserted_into(host) | {"parametrizations"}
+    runs = any(child not in quiet for child, _ in host.named_children())
+    host.add_module(name, Aside(layer) if runs else layer)
     layer.train(host.training)
+    return f"{name}.layer" if runs else name
+
+
+def hung(host: nn.Module, name: str) -> nn.Module:
+    """The layer that was hung into `host` by this name."""
+    child = host.get_submodule(name)
+    return child.layer if isinstance(child, Aside) else child
+
+
+class Aside(nn.Module):
+    """It holds an inserted layer, and does nothing where it is run as a layer of its host."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any) -> Any:
+        return x
 
 
 class _After:
@@ -118,7 +147,7 @@ class _After:
         self.name = name
 
     def __call__(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return host.get_submodule(self.name)(output)
+        return hung(host, self.name)(output)
 
 
 class _Before:
@@ -128,7 +157,7 @@ class _Before:
         self.name = name
 
     def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer = host.get_submodule(self.name)
+        layer = hung(host, self.name)
         if args:
             return (layer(args[0]), *args[1:]), kwargs
         first = next(iter(kwargs))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goodfit.chain.memory import Lease, Pool
+from goodfit.chain.passes import Part, Pass, Piece, Tensors
 from goodfit.errors import GoodfitError
-from goodfit.stack.chain_memory import Lease, Pool
-from goodfit.stack.chain_pass import Part, Pass, Piece, Tensors
 
 __all__ = ["Chain"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from goodfit.stack.chain_drop import Drop
-from goodfit.stack.chain_pass import Part, Pass, Piece
+from goodfit.chain.drop import Drop
+from goodfit.chain.passes import Part, Pass, Piece
 
 __all__ = ["Norm"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goodfit.stack.chain_memory import Memory
+from goodfit.chain.memory import Memory
 
 __all__ = ["Part", "Pass", "Piece", "Tensors"]
 

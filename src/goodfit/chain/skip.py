@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from goodfit.stack.chain_pass import Part, Piece
+from goodfit.chain.passes import Part, Piece
 
 __all__ = ["Fork", "Sum"]
 

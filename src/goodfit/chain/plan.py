@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from goodfit.chain.activations import function_of
+from goodfit.chain.chain import Chain
+from goodfit.chain.drop import Drop
+from goodfit.chain.norm import Norm
+from goodfit.chain.passes import Piece
+from goodfit.chain.pieces import Activation, Linear
+from goodfit.chain.skip import Fork, Sum
 from goodfit.layers.dropout import SeededDropout, SeededInputDropout
 from goodfit.layers.path import SeededDropPath
 from goodfit.layers.skip import Branch, Carried, Skip, SkipStart
-from goodfit.stack.chain import Chain
-from goodfit.stack.chain_activations import function_of
-from goodfit.stack.chain_drop import Drop
-from goodfit.stack.chain_norm import Norm
-from goodfit.stack.chain_pass import Piece
-from goodfit.stack.chain_pieces import Activation, Linear
-from goodfit.stack.chain_skip import Fork, Sum
 from goodfit.surgery.arguments import runs_on_input
-from goodfit.surgery.insert import runs_after, runs_before
+from goodfit.surgery.insert import hung, runs_after, runs_before
 
 __all__ = ["chain_of"]
 
@@ -78,16 +78,23 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
     if len(inserted) < len(before) + len(after) or (not plain and {*inserted, *own} != set(module._modules)):
         raise _Unknown
     for child in before:
-        yield from _layers(module.get_submodule(str(child)), f"{name}.{child}".lstrip("."))
+        yield from _hung(module, str(child), name)
     if plain:
         for child, one in module._modules.items():
-            yield from _layers(one, f"{name}.{child}".lstrip(".")) if one is not None else ()
+            if one is not None and child not in inserted:
+                yield from _layers(one, f"{name}.{child}".lstrip("."))
     else:
         for child in own:
             yield from _layers(module.get_submodule(child), f"{name}.{child}")
         yield module, name
     for child in after:
-        yield from _layers(module.get_submodule(str(child)), f"{name}.{child}".lstrip("."))
+        yield from _hung(module, str(child), name)
+
+
+def _hung(host: nn.Module, child: str, name: str) -> Iterator[tuple[nn.Module, str]]:
+    layer = hung(host, child)
+    aside = ".layer" if layer is not host.get_submodule(child) else ""
+    return _layers(layer, f"{name}.{child}{aside}".lstrip("."))
 
 
 def _does_nothing(module: nn.Module) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from goodfit.chain.passes import Part, Pass, Piece
 from goodfit.layers.dropout import SeededDropout
 from goodfit.layers.path import SeededDropPath
 from goodfit.noise import factors
-from goodfit.stack.chain_pass import Part, Pass, Piece
 
 __all__ = ["Drop"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from goodfit.stack.chain_activations import Function
-from goodfit.stack.chain_drop import Drop
-from goodfit.stack.chain_norm import Norm
-from goodfit.stack.chain_pass import Part, Piece
+from goodfit.chain.activations import Function
+from goodfit.chain.drop import Drop
+from goodfit.chain.norm import Norm
+from goodfit.chain.passes import Part, Piece
 
 __all__ = ["Activation", "Linear"]
 
