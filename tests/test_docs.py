@@ -32,7 +32,7 @@ def test_readme_blocks_run_one_after_the_other(
         "fit",
         "overnight",
         "saving",
-        *["path", "shrink", "norms", "stack", "sampling", "stopping"],
+        *["stack", "path", "shrink", "norms", "sampling", "stopping"],
     ]
     world: dict[str, object] = {}
     for name, block in blocks:
