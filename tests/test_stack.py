@@ -292,9 +292,7 @@ def test_other_optimizers(make: Any) -> None:
 
 
 def test_an_optimizer_whose_numbers_may_depend_on_each_other_is_used_alone() -> None:
-    with pytest.warns(
-        GoodfitWarning, match="2 members are trained one after the other: a number of Rprop may"
-    ):
+    with pytest.warns(GoodfitWarning, match="2 members are trained one after the other: a number of Rprop may"):
         compare(["L2(1e-3)", "L2(1e-2)"], [net(0), net(1)], make=lambda p: torch.optim.Rprop(p, lr=0.01))
 
 

@@ -15,7 +15,7 @@ from goodfit.surgery.trace import Call
 
 __all__ = ["Place", "channel_axis", "places"]
 
-Insert = Callable[[nn.Module, str, nn.Module], None]
+Insert = Callable[[nn.Module, str, nn.Module], Any]
 
 
 @dataclass
