@@ -15,15 +15,15 @@ import pytest
 
 from test_cli import Outcome, goodfit as goodfit, rows, write
 
-COCKTAIL = "L2(1e-4), Dropout(0.3), EarlyStopping(400)"
+COCKTAIL = "L2(1e-4), Dropout(0.3), EarlyStopping(900)"
 
 
 def words(out: str) -> list[str]:
-    return ["fit", "t.csv", "--target", "churn", "--cocktail", COCKTAIL, "--epochs", "400", "--out", out]
+    return ["fit", "t.csv", "--target", "churn", "--cocktail", COCKTAIL, "--epochs", "900", "--out", out]
 
 
 def ended_by(number: int, out: str) -> tuple[int, str]:
-    """The command in a process of its own, sent a signal once it has saved: its code and its last line."""
+    """The command in a process of its own, sent a signal once it has saved, in the fourth second: its code and its last line."""
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from goodfit.cli import main; main()"
     command = [sys.executable, "-c", start, *words(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
@@ -90,7 +90,7 @@ def test_what_cannot_be_resumed_is_one_line(goodfit: Callable[..., Outcome]) -> 
         (lambda: Path("t.csv").unlink(), "which is not there; put it back"),
         (lambda: said.write_text("{"), "cannot be read as JSON"),
         (
-            lambda: said.write_text(asked.replace('"epochs": 400', '"epochs": "many"')),
+            lambda: said.write_text(asked.replace('"epochs": 900', '"epochs": "many"')),
             "was not written by goodfit (its settings)",
         ),
         (lambda: said.write_text("[]"), "must hold a JSON object"),
