@@ -77,4 +77,16 @@ def test_no_module_hides_a_public_name() -> None:
         if "__main__" not in module.name:
             importlib.import_module(module.name)
     modules = {name for name in dir(gf) if isinstance(getattr(gf, name), types.ModuleType)}
-    assert modules == {"convert", "factors", "groups", "hyper", "logs", "phases", "schedules", "stop", "surgery", "where"}
+    assert modules == {
+        "convert",
+        "factors",
+        "groups",
+        "hyper",
+        "logs",
+        "phases",
+        "schedules",
+        "spaces",
+        "stop",
+        "surgery",
+        "where",
+    }

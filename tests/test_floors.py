@@ -38,7 +38,7 @@ FLOORS = [
     {"stop"},
     {"regularizers"},
     {"cocktail"},
-    {"plan", "hooks", "convert"},
+    {"plan", "hooks", "convert", "spaces"},
     {"accumulation", "views"},
     {"beside", "checks", "uphill"},
     {"run", "checkpoints"},

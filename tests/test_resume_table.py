@@ -23,7 +23,7 @@ def words(out: str) -> list[str]:
 
 
 def ended_by(number: int, out: str) -> tuple[int, str]:
-    """The command in a process of its own, sent a signal once it has saved, in the fourth second: its code and its last line."""
+    """The command in a process of its own, sent a signal once it has saved: its code and its last line."""
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from goodfit.cli import main; main()"
     command = [sys.executable, "-c", start, *words(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)

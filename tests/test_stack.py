@@ -177,6 +177,11 @@ def test_random_cocktails_on_random_networks(mixes: list[str], widths: list[int]
     compare(mixes, [net(k, *widths) for k in range(count)], lr=lrs, seeds=seeds, epochs=5)
 
 
+def test_cocktails_of_the_paper_side_by_side() -> None:
+    mixes = [gf.spaces.COCKTAIL.draw(seed).in_steps(1) + gf.parse("EarlyStopping(4)") for seed in range(24)]
+    compare(mixes, [net(k, *(8,) * 5) for k in range(24)], seeds=list(range(24)), epochs=6)
+
+
 def test_what_stops_leaves_and_the_rest_is_computed_alone() -> None:
     stack = gf.Stack([f"EarlyStopping({p})" for p in (1, 2, 9, 9)], [net(k) for k in range(4)], task="classes", example=X[:8])
     seen = []

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         logs as logs,
         phases as phases,
         schedules as schedules,
+        spaces as spaces,
         stop as stop,
         surgery as surgery,
         where as where,
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("convert", "factors", "groups", "hyper", "logs", "phases", "schedules", "stop", "surgery", "where")
+_MODULES = ("convert", "factors", "groups", "hyper", "logs", "phases", "schedules", "spaces", "stop", "surgery", "where")
 _NAMES = {
     "Checkpoints": "checkpoints.checkpoints",
     "Cocktail": "cocktail",

@@ -10,10 +10,12 @@ import ast
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from goodfit import factors, groups, schedules, stop, where
 from goodfit.errors import GoodfitError, nearest
+from goodfit.hyper import hypers
 from goodfit.phases import Regularizer, phases_of
 from goodfit.regularizers import catalogue
 
@@ -72,11 +74,20 @@ class Cocktail(tuple[Regularizer, ...]):
         """The regularizers of one phase that are switched on, in written order."""
         return (one for one in self if isinstance(one, phase) and not one.off)
 
+    def in_steps(self, steps_per_epoch: int | None) -> Cocktail:
+        """The same, with all schedules in steps."""
+        return Cocktail(*(_in_steps(one, steps_per_epoch) for one in self))
+
     def __repr__(self) -> str:
         return f"Cocktail({', '.join(map(repr, self))})"
 
     def __str__(self) -> str:
         return ", ".join(map(str, self)) or "no regularizer"
+
+
+def _in_steps(one: Regularizer, steps: int | None) -> Regularizer:
+    moving = {name: getattr(one, name) for name, _ in hypers(one) if isinstance(getattr(one, name), schedules.Schedule)}
+    return replace(one, **{name: schedule.in_steps(steps) for name, schedule in moving.items()}) if moving else one
 
 
 def as_cocktail(given: Any) -> Cocktail:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, listed
 from goodfit.hyper import structure
-from goodfit.noise import Clock, Noisy
+from goodfit.noise import Clock, Noise, Noisy
 from goodfit.phases import Build, Epoch, Gradient, Penalty, Regularizer, State, Step
 from goodfit.processes import rank
 from goodfit.surgery.snapshot import Snapshot
@@ -98,8 +98,10 @@ class Plan:
             raise
 
     def _edit(self, example: Any) -> None:
-        for _, one in self.of(Build):
-            one.build(self.model, example)
+        for key, one in self.of(Build):
+            with torch.random.fork_rng(devices=[]):  # what a build draws is of the run, too
+                torch.manual_seed(Noise(self.seed, self.names[key]).generator().initial_seed())
+                one.build(self.model, example)
         self._bind()
         weights, buffers = tensors_of(self.model)
         acting: dict[str, Regularizer] = {}

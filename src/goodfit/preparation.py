@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from torch.optim import LBFGS, AdamW, Optimizer
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError
 from goodfit.hooks import lacking
-from goodfit.hyper import hypers
 from goodfit.loop import LossFunction, Prepare
-from goodfit.phases import Batch, Regularizer
+from goodfit.phases import Batch
 from goodfit.regularizers.early_stopping import EarlyStopping
-from goodfit.schedules.schedule import Schedule
 from goodfit.surgery.running import call_model, evaluating
 
 __all__ = [
@@ -28,7 +25,6 @@ __all__ = [
     "as_reals",
     "averaged",
     "home_of",
-    "in_steps",
     "optimizer_for",
     "refuse_file",
     "refuse_maximizing",
@@ -107,16 +103,6 @@ def steps_of(training: Any, accumulate: int) -> int | None:
         return math.ceil(len(training) / accumulate)
     except TypeError:
         return None
-
-
-def in_steps(cocktail: Cocktail, steps: int | None) -> Cocktail:
-    """The cocktail with all schedules in steps."""
-
-    def resolved(one: Regularizer) -> Regularizer:
-        moving = {name: getattr(one, name) for name, _ in hypers(one) if isinstance(getattr(one, name), Schedule)}
-        return replace(one, **{name: schedule.in_steps(steps) for name, schedule in moving.items()})
-
-    return Cocktail(*(resolved(one) if one.scheduled else one for one in cocktail))
 
 
 def refuse_maximizing(cocktail: Cocktail) -> None:

@@ -27,7 +27,7 @@ from goodfit.logs import Told
 from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.noise import Noise
-from goodfit.preparation import MakeOptimizer, as_reals, averaged, in_steps, optimizer_for, refuse_maximizing, steps_of
+from goodfit.preparation import MakeOptimizer, as_reals, averaged, optimizer_for, refuse_maximizing, steps_of
 from goodfit.processes import most, rank, world
 from goodfit.progress import Progress
 from goodfit.regularizers.batchnorm import BatchNorm
@@ -72,7 +72,7 @@ class Recipe:
             if by_batch(model) or any(self.cocktail.of(BatchNorm)):
                 train = merged_for_norms(train, "train", each=2 if self._alone(model) else 1)
         steps = steps_of(train if epoch is None else epoch, self.compute.accumulate)
-        mix = in_steps(self.cocktail, steps)
+        mix = self.cocktail.in_steps(steps)
         refuse_maximizing(mix)
         refuse_rollback(self.nonfinite, mix, self.keep)
         measure = averaged(loss)
