@@ -16,6 +16,7 @@ from goodfit.hyper import structure
 from goodfit.noise import Clock, Noise, Noisy
 from goodfit.phases import Build, Epoch, Gradient, Penalty, Regularizer, State, Step
 from goodfit.processes import rank
+from goodfit.surgery.running import seeded
 from goodfit.surgery.snapshot import Snapshot
 from goodfit.tensors import below, matched, tensors_of
 
@@ -99,9 +100,8 @@ class Plan:
 
     def _edit(self, example: Any) -> None:
         for key, one in self.of(Build):
-            with torch.random.fork_rng(devices=[]):  # what a build draws is of the run, too
-                torch.manual_seed(Noise(self.seed, self.names[key]).generator().initial_seed())
-                one.build(self.model, example)
+            with seeded(self.model, Noise(self.seed, self.names[key]).generator().initial_seed()):
+                one.build(self.model, example)  # what it draws is of the run, too
         self._bind()
         weights, buffers = tensors_of(self.model)
         acting: dict[str, Regularizer] = {}

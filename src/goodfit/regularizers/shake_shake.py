@@ -26,8 +26,8 @@ class ShakeShake(Build):
     Formula: y = x + α · f(x) + (1 − α) · g(x), with one α ~ U(0, 1) per row in the forward pass of training and another one in
         backward; α = 1/2 in eval.
     Phase: Build, true structure. The branches are those that SkipConnections made, so write it before. g is a copy of f whose
-        linear and convolution layers start anew, drawn as torch draws them, by the seed of the run; norms start as those of f do,
-        and what drops in f drops in g. The weights of g are new parameters at `skip.twin` and new keys of the state_dict; old
+        linear and convolution layers start anew, as torch draws them, by the seed of the run; norms start as those of f do, and
+        what drops in f drops in g. The weights of g are new parameters at `skip.twin` and new keys of the state_dict; old
         keys stay. Make the optimizer after it. where picks branches by name: named("3.skip.branch"). Batch norms within f and
         g see no noise of their own block. Those behind the sum do, so that in training they meet another variance than in eval:
         gf.recalibrate sets their statistics.

@@ -91,7 +91,7 @@ class Slot:
         """The state of one member, to its run."""
         key = self.keys[i]
         if key is not None:
-            run._plan.states[key] = {name: t[i].clone() for name, t in self.state.items()}
+            run._plan.states[key] = {name: t[i] for name, t in self.state.items()}
 
     def take_over(self, i: int, run: Run) -> None:
         """The state of one member, from its run."""

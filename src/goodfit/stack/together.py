@@ -106,6 +106,9 @@ class Together:
     def keep(self, rows: Tensor) -> None:
         """Go on with these members; the runs of the others have all that is theirs."""
         self.hand_over()
+        left = set(range(len(self.runs))) - set(rows.tolist())
+        for plan in (self.runs[i]._plan for i in left):
+            plan.states = {key: {name: t.clone() for name, t in state.items()} for key, state in plan.states.items()}
         before = self.members.weights
         self.members.keep(rows)
         kept_state(self.optimizer, before, self.members.weights, rows)

@@ -11,7 +11,7 @@ from torch import nn
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["call_model", "evaluating", "must_run", "quiet", "training"]
+__all__ = ["call_model", "evaluating", "must_run", "quiet", "seeded", "training"]
 
 
 def call_model(model: nn.Module, x: Any) -> Any:
@@ -49,15 +49,23 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random generators that begin by this seed, where the model is, and are put back."""
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in cuda)):
+            generator.manual_seed(seed)  # torch.manual_seed notes where it was called from for devices that are not there
+        yield
+
+
+@contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and a random generator that starts the same each time and is put back."""
-    cuda = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=sorted(cuda)))
-        torch.manual_seed(0)
+        stack.enter_context(seeded(model, 0))
         kept = [(b, b.clone()) for b in model.buffers()]  # a forward may count in them
         try:
             yield
