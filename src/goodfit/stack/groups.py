@@ -71,16 +71,17 @@ def _rolls_back(run: Run) -> str:
 
 def _alike(runs: Sequence[Run]) -> list[list[int]]:
     """Members that can be one: their models differ in numbers alone, and the steps of one cost what those of another do."""
-    groups: dict[Any, list[list[int]]] = {}
+    groups: dict[Any, list[tuple[list[int], set[tuple[Any, ...]]]]] = {}
     for k, run in enumerate(runs):
         acting = run._plan.active.values()
         twice = tuple(type(one) for one in acting if isinstance(one, Gradient) and one.twice)
         key = (kind_of(run.model), twice, bool(_rolls_back(run)), any(isinstance(one, Batch) for one in acting))
-        found = groups.setdefault(key, [])
-        for group in found:
-            if ordered([tuple(places(runs[i])) for i in (*group, k)]) is not None:
-                group.append(k)
+        found, order = groups.setdefault(key, []), tuple(places(run))
+        for members, orders in found:
+            if order in orders or ordered([*orders, order]) is not None:
+                members.append(k)
+                orders.add(order)
                 break
         else:
-            found.append([k])
-    return [group for found in groups.values() for group in found]
+            found.append(([k], {order}))
+    return [members for found in groups.values() for members, _ in found]
