@@ -97,7 +97,7 @@ def compare(
     lrs, each = (one if isinstance(one, list) else [one] * count for one in (lr, seeds))
     solo = [copy.deepcopy(model) for model in models]
     make, of_run = how.get("make"), how.get("run", {"task": "classes"})
-    options = {"optimizer": make} if make else {"lr": lr}
+    options = ({"optimizer": make} if make else {"lr": lr}) | {"together": how.pop("together", None)}
     data, valid = how.get("data", TRAIN), how.get("valid", VALID)
     stack = gf.Stack(cocktails, models, example=data[0][0], seeds=seeds, **options, **of_run)
     trained(stack, range(epochs), data, valid)
@@ -265,7 +265,7 @@ def test_convolutions(mix: str) -> None:
             nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
         )
     models = [model.double() for model in models]
-    compare([mix] * 3, models, seeds=[1, 2, 3], epochs=4, data=data, valid=[(images[36:], P[36:48])])
+    compare([mix] * 3, models, seeds=[1, 2, 3], epochs=4, data=data, valid=[(images[36:], P[36:48])], together=True)
 
 
 def test_what_cannot_be_computed_at_once_is_trained_one_after_the_other_and_told() -> None:
@@ -427,3 +427,32 @@ def test_numbers_and_a_loss_of_ones_own() -> None:
 def test_what_makes_no_stack_is_refused(make: Callable[[], Any], line: str) -> None:
     with pytest.raises(GoodfitError, match=line):
         make()
+
+
+def test_members_that_do_not_fit_at_a_time_are_parts_of_their_own() -> None:
+    def start(memory: float | None) -> gf.Stack:
+        models = [net(k) for k in range(7)]
+        return gf.Stack(["Dropout(0.2)"] * 7, models, task="classes", example=X[:64], seeds=list(range(7)), memory=memory)
+
+    weights = 8 * sum(p.numel() for p in net().parameters())
+    whole = start(None)
+    assert repr(whole).startswith("Stack of 7 members, 7 going on: 7 at once, by hand (Linear, Activation, Linear")
+    kept = 64 * 12 * 8 * 8
+    few = start(7 * 5 * weights + 3 * kept)
+    assert 2 <= len(few._parts) <= 4
+    assert sorted(k for part in few._parts for k in part.members) == list(range(7))
+    losses = [stack.learn(*TRAIN[0]) for stack in (whole, few)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    for one, other in zip(whole.finish(), few.finish(), strict=True):
+        assert far(one, other) < 1e-12
+    with pytest.raises(GoodfitError, match=r"7 members need .* GB for weights, gradients and moments, and 1e-06 GB are to be"):
+        start(1e3)
+
+
+def test_a_stack_tells_its_parts(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="goodfit"):
+        stack = gf.Stack(["L2(0.1)"] * 2, [net(0), net(1, 3)], task="classes", example=X[:8])
+    assert caplog.messages == [repr(stack)] == ["Stack of 2 members, 2 going on: 1 one after the other; 1 one after the other"]
+    stack.stop([0, 1])
+    assert repr(stack) == "Stack of 2 members, 0 going on: all have left"
+    assert gf.Stack(["L2(0.1)"] * 2, [net(0), net(1)], task="classes", example=X[:8], together=False)._parts[0].why == ""

@@ -42,6 +42,10 @@ class Forward:
         tensors = {**self.members.weights, **self.members.buffers}
         return vmap(self._alone, in_dims=(0, 0 if own else None), randomness="different")(tensors, x)
 
+    def __str__(self) -> str:
+        chain = self._chains[True]
+        return "by vmap" if chain is None else f"by hand ({', '.join(type(piece).__name__ for piece in chain.pieces)})"
+
     def _alone(self, tensors: dict[str, Tensor], x: Any) -> Any:
         args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
         return functional_call(self.template, tensors, args, kwargs)

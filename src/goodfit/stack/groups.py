@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from goodfit.phases import Batch, Gradient
 from goodfit.run import Run
@@ -15,11 +16,21 @@ from goodfit.stack.apart import Apart
 from goodfit.stack.forward import losses_of
 from goodfit.stack.kinds import kind_of
 from goodfit.stack.members import release
+from goodfit.stack.memory import at_once
 from goodfit.stack.optimizers import MakeOptimizer, Rate, optimizer_of, refuse_mixing
 from goodfit.stack.slots import ordered, places
 from goodfit.stack.together import Together
 
-__all__ = ["Part", "grouped"]
+__all__ = ["How", "Part", "grouped"]
+
+
+@dataclass(frozen=True)
+class How:
+    """What a stack was told of how to compute. together: at once, or one after the other, None for the faster of both."""
+
+    example: Any
+    together: bool | None = None
+    memory: float | None = None
 
 
 @dataclass
@@ -35,24 +46,27 @@ class Part:
         self.work.keep(torch.tensor(rows, dtype=torch.int64))
         self.members = [self.members[i] for i in rows]
 
+    def __str__(self) -> str:
+        count = len(self.members)
+        if isinstance(self.work, Apart):
+            return f"{count} one after the other" + (f" ({self.why})" if self.why else "")
+        return f"{count} at once, {self.work.forward}"
+
     def losses_of(self, x: Any, y: Tensor, loss: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """The loss of each in eval mode."""
         return losses_of(loss, self.work.outputs(x), y, False)
 
 
-def grouped(
-    runs: Sequence[Run], seeds: Sequence[int], lrs: Sequence[Rate], make: MakeOptimizer | None, example: Any
-) -> list[Part]:
+def grouped(runs: Sequence[Run], seeds: Sequence[int], lrs: Sequence[Rate], make: MakeOptimizer | None, how: How) -> list[Part]:
     """The parts of a stack."""
     mixing = "" if make is None else refuse_mixing(make)
     parts = []
-    for members in _alike(runs):
+    for members in _fitting(_alike(runs), runs, how):
         mine, rates = [runs[k] for k in members], [lrs[k] for k in members]
         why = mixing or _rolls_back(mine[0])
-        single = len(members) == 1  # a run is faster then
-        work = None if why or single else Together(mine, [seeds[k] for k in members])
+        work = None if why or not _pays(mine, how) else Together(mine, [seeds[k] for k in members])
         if work is not None:
-            why = work.forward.refuses(example)
+            why = work.forward.refuses(how.example)
         if work is not None and not why:
             work.use(optimizer_of(make, work.members.weights, rates), None if make else rates)
             parts.append(Part(members, work))
@@ -61,6 +75,26 @@ def grouped(
                 release(run.model)
             parts.append(Part(members, Apart(mine, rates, make), why))
     return parts
+
+
+def _pays(runs: Sequence[Run], how: How) -> bool:
+    """Whether it is faster at once: not for one member, and not for convolutions on a CPU (benchmarks/stack_cnn.py)."""
+    if how.together is not None:
+        return how.together
+    model = runs[0].model
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    return len(runs) > 1 and not (on_cpu and any(isinstance(m, _ConvNd) for m in model.modules()))
+
+
+def _fitting(groups: Sequence[list[int]], runs: Sequence[Run], how: How) -> Iterator[list[int]]:
+    """The same, cut where a group does not fit into memory at a time."""
+    for members in groups:
+        if not _pays([runs[k] for k in members], how):
+            yield members
+            continue
+        size = at_once(runs[members[0]].model, len(members), how.example, how.memory)
+        pieces = -(-len(members) // size)
+        yield from (members[i::pieces] for i in range(pieces))
 
 
 def _rolls_back(run: Run) -> str:

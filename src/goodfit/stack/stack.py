@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from goodfit.losses import loss_of
 from goodfit.run import Run
 from goodfit.stack.apart import Apart
 from goodfit.stack.given import Each, one_each, refuse_members
-from goodfit.stack.groups import grouped
+from goodfit.stack.groups import How, grouped
 from goodfit.stack.optimizers import MakeOptimizer, Rate, lr_at, plain_optimizer
 from goodfit.stack.saved import going_in, into_optimizer, load_stack, optimizer_state, stack_state
 
@@ -43,7 +44,9 @@ class Stack:
 
     cocktails: of the members. models: as many, or one function that makes them. loss, task, example: as for Run. lr: of AdamW,
     one for all, or one for each, numbers or schedules; optimizer: a function from parameters to another optimizer of torch, in
-    which each number counts by itself. seeds: of the noise, one for all, or one for each.
+    which each number counts by itself. seeds: of the noise, one for all, or one for each. together: True computes at once what
+    can be, False nothing, None what is faster so. memory: bytes for all that a step needs, None for half of what is free; members
+    that do not fit at a time, as one has run on the example, are parts of their own. `print(stack)` tells the parts.
 
     members: those that go on. stopped: why the others do not.
     """
@@ -59,6 +62,8 @@ class Stack:
         lr: Rate | Sequence[Rate] = 1e-3,
         optimizer: MakeOptimizer | None = None,
         seeds: int | Sequence[int] = 0,
+        together: bool | None = None,
+        memory: float | None = None,
     ) -> None:
         mixes = [as_cocktail(one) for one in cocktails]
         made = [models() for _ in mixes] if callable(models) else list(models)
@@ -67,12 +72,11 @@ class Stack:
         self.stopped: dict[int, str] = {}
         measure = loss if loss is not None else loss_of(task or "")
         each = one_each(seeds, len(made), "seeds")
-        self.runs = [
-            Run(mix, model, loss=measure, example=example, seed=seed)
-            for mix, model, seed in zip(mixes, made, each, strict=True)
-        ]
+        given = zip(mixes, made, each, strict=True)
+        self.runs = [Run(mix, model, loss=measure, example=example, seed=seed) for mix, model, seed in given]
         self._measure, self._make, self._lrs = measure, optimizer, one_each(lr, len(made), "lr")
-        self._parts = grouped(self.runs, each, self._lrs, optimizer, example)
+        self._parts = grouped(self.runs, each, self._lrs, optimizer, How(example, together, memory))
+        logging.getLogger(__name__).info("%s", self)
         for part in self._parts:
             if isinstance(part.work, Apart) and part.why:
                 told = f"{len(part.members)} members are trained one after the other: {part.why}"
@@ -87,8 +91,7 @@ class Stack:
     def loss(self, x: Any, y: Any) -> Tensor:
         """The loss of each member that goes on, (K,), without penalties; call `.sum().backward()` on it."""
         xs, ys = (one if isinstance(one, Each) else self._shared(one) for one in (x, y))
-        found = [part.work.loss(xs.parts[i], ys.parts[i], xs.own[i], ys.own[i]) for i, part in enumerate(self._parts)]
-        return self._joined(found)
+        return self._joined([self._loss_of(i, xs, ys) for i in range(len(self._parts))])
 
     def zero_grad(self) -> None:
         """No gradients, for all members."""
@@ -114,8 +117,11 @@ class Stack:
         """All calls of one step: batch, loss, backward, gradient, move, step. The losses, as they were before it."""
         xs, ys = self.batch(x, y, own=own)
         self.zero_grad()
-        losses = self.loss(xs, ys)
-        torch.autograd.backward(losses.sum())
+        found = []
+        for i in range(len(self._parts)):  # one backward at a time, so that one part is in memory
+            found.append(self._loss_of(i, xs, ys))
+            torch.autograd.backward(found[-1].sum())
+        losses = self._joined(found)
         self.gradient()
         self.move()
         self.step()
@@ -205,6 +211,13 @@ class Stack:
         self._hand_over()
         self._leave([k for k in self.members if k not in going])
         load_stack(self.runs, self._parts, saved)
+
+    def __repr__(self) -> str:
+        parts = "; ".join(map(str, self._parts)) or "all have left"
+        return f"Stack of {len(self.runs)} members, {len(self.members)} going on: {parts}"
+
+    def _loss_of(self, i: int, xs: Each, ys: Each) -> Tensor:
+        return self._parts[i].work.loss(xs.parts[i], ys.parts[i], xs.own[i], ys.own[i])
 
     def _leave(self, members: Sequence[int]) -> None:
         if not members:
