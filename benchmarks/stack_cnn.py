@@ -4,9 +4,9 @@
 
 DATA is the folder of the four idx files. A member has two convolutions of 3×3, each with ReLU and pooling, and a linear layer;
 its cocktail inserts batch norms and drops channels. "stack" is `gf.Stack(together=True)`, by vmap; "alone" is `gf.Run` in the
-loop of the README, one member after the other; "bare" is a plain loop with nn.BatchNorm2d and nn.Dropout2d. Times are the best of
-some steps, in turns. far: the largest difference of any number between members of the stack and their like alone, after 20 steps
-in float64.
+loop of the README, one member after the other; "bare" is a plain loop with nn.BatchNorm2d and nn.Dropout2d. Times are the best
+of some steps, in turns. far: the largest difference of any number between members of the stack and their like alone, after 20
+steps in float64.
 """
 
 from __future__ import annotations

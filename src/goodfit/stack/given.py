@@ -19,6 +19,11 @@ class Each:
     parts: tuple[Any, ...]
     own: tuple[bool, ...]
 
+    @classmethod
+    def shared(cls, given: Any, parts: int) -> Each:
+        """The same for all members of so many parts."""
+        return cls((given,) * parts, (False,) * parts)
+
 
 def one_each(given: Any, count: int, name: str) -> list[Any]:
     """One for each of so many members."""

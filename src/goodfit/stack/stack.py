@@ -45,9 +45,8 @@ class Stack:
     cocktails: of the members. models: as many, or one function that makes them. loss, task, example: as for Run. lr: of AdamW,
     one for all, or one for each, numbers or schedules; optimizer: a function from parameters to another optimizer of torch, in
     which each number counts by itself. seeds: of the noise, one for all, or one for each. together: True computes at once what
-    can be, False nothing, None what is faster so. memory: bytes for all that a step needs, None for half of what is free; members
-    that do not fit at a time, as one has run on the example, are parts of their own. `print(stack)` tells the parts.
-
+    can be, False nothing, None what is faster so. memory: bytes for all that a step needs, None for half of those that are
+    free; members that do not fit at a time, as one has run on the example, are parts of their own. `print(stack)` tells them.
     members: those that go on. stopped: why the others do not.
     """
 
@@ -90,7 +89,7 @@ class Stack:
 
     def loss(self, x: Any, y: Any) -> Tensor:
         """The loss of each member that goes on, (K,), without penalties; call `.sum().backward()` on it."""
-        xs, ys = (one if isinstance(one, Each) else self._shared(one) for one in (x, y))
+        xs, ys = (one if isinstance(one, Each) else Each.shared(one, len(self._parts)) for one in (x, y))
         return self._joined([self._loss_of(i, xs, ys) for i in range(len(self._parts))])
 
     def zero_grad(self) -> None:
@@ -233,9 +232,6 @@ class Stack:
     def _hand_over(self) -> None:
         for part in self._parts:
             part.work.hand_over()
-
-    def _shared(self, given: Any) -> Each:
-        return Each((given,) * len(self._parts), (False,) * len(self._parts))
 
     def _of(self, part: Any, x: Any, y: Any, own: bool) -> tuple[Any, Any]:
         """The rows of an own batch that belong to the members of one part."""
