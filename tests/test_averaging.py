@@ -61,7 +61,7 @@ def test_averages_are_those_of_torch(cocktail: str, average: dict[str, Any]) -> 
 
 
 def test_the_warm_up_forgets_the_start() -> None:
-    ema, state = gf.EMA(0.999), {"count": torch.zeros((), dtype=torch.float64), "mean.w": torch.full((1,), 100.0).double()}
+    ema, state = gf.EMA(0.999), {"count.w": torch.zeros((), dtype=torch.float64), "mean.w": torch.full((1,), 100.0).double()}
     weights = [1 / 10, 2 / 11, 3 / 12]
     expected = 100.0
     for d, w in zip(weights, (1.0, 2.0, 3.0), strict=True):

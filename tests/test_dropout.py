@@ -598,7 +598,7 @@ def test_each_regularizer_moves_its_own_rates() -> None:
 
     def at(i: float, a: float, b: float, g: float) -> dict[str, float]:
         gaussian = {"1.gaussiandropout": g, "3.gaussiandropout": g / 2}
-        return {"1.dropout": a, "3.dropout": b, **gaussian, "inputdropout_input": i}
+        return {"1.dropout": a, "3.dropout": b, **gaussian, "inputdropout_input.layer": i}
 
     torch.manual_seed(0)
     run, model, optimizer = start()
@@ -630,7 +630,11 @@ def test_input_dropout_drops_numbers_of_each_float_input_however_it_is_handed_ov
     for example in ((ones, tokens, nested), {"more": nested, "tokens": tokens, "u": ones}):
         model = Two()
         run = Run("InputDropout(0.3), InputDropout(0.6, where=named('more.pair.*'))", model, example=example)
-        assert rates(model) == {"inputdropout_u": 0.3, "inputdropout_more_v": 0.3, "inputdropout_more_pair_0": 0.6}
+        assert rates(model) == {
+            "inputdropout_u.layer": 0.3,
+            "inputdropout_more_v.layer": 0.3,
+            "inputdropout_more_pair_0.layer": 0.6,
+        }
         u, kept, more = model(ones, tokens, nested)
         assert run.model is model
         assert kept is tokens
@@ -671,7 +675,7 @@ def test_input_dropout_leaves_masks_alone() -> None:
         model = Masked()
         with pytest.warns(GoodfitWarning, match=rf"^InputDropout leaves out attn_mask, {reason}"):
             InputDropout(0.5).build(model, (SERIES, mask))
-        assert rates(model) == {"inputdropout_x": 0.5}
+        assert rates(model) == {"inputdropout_x.layer": 0.5}
         x, kept, out = model(SERIES, mask)
         assert kept is mask
         assert not torch.equal(x, SERIES)
@@ -681,7 +685,7 @@ def test_input_dropout_leaves_masks_alone() -> None:
 def test_input_dropout_takes_a_finite_mask_where_its_very_name_asks_for_it() -> None:
     mask = torch.ones(5, 5, dtype=torch.float64)
     model = InputDropout(0.5, where=named("attn_mask")).build(Masked(), (SERIES, mask))
-    assert rates(model) == {"inputdropout_attn_mask": 0.5}
+    assert rates(model) == {"inputdropout_attn_mask.layer": 0.5}
     for where in (named("attn_mask"), named("bias")):
         example = {"x": SERIES, "attn_mask": mask.log() - math.inf, "bias": mask * math.nan}
         with pytest.raises(GoodfitError, match=r"drops no masks, and Masked takes \w+, which is not finite in the example"):

@@ -384,13 +384,13 @@ def test_class_targets_become_probabilities_for_a_batch_regularizer(y: Tensor) -
         return loss_of("classes")(outputs, y)
 
     found = short(
-        net(3), (X[:30], y[:30]), (X[30:], y[30:]), Cocktail(gf.InputNoise(0.2), EarlyStopping(5)), loss=spy, epochs=1
+        net(3), (X[:30], y[:30]), (X[30:], y[30:]), Cocktail(gf.LabelSmoothing(0.2), EarlyStopping(5)), loss=spy, epochs=1
     )
     assert [t.shape for t in seen[:4]] == [(8, 3), (8, 3), (8, 3), (6, 3)]
     assert torch.equal(torch.cat(seen[:4]).sum(1), torch.ones(30))
     assert torch.equal(torch.cat(seen[:4]).argmax(1).bincount(), CLASSES[:30].bincount())
     assert seen[4].dtype == y.dtype  # validation is on the targets as they are
-    again = short(net(3), (X[:30], y[:30]), (X[30:], y[30:]), Cocktail(gf.InputNoise(0.2), EarlyStopping(5)), epochs=1)
+    again = short(net(3), (X[:30], y[:30]), (X[30:], y[30:]), Cocktail(gf.LabelSmoothing(0.2), EarlyStopping(5)), epochs=1)
     assert same(found.model, again.model)
 
 

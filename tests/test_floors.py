@@ -40,7 +40,7 @@ FLOORS = [
     {"cocktail"},
     {"plan", "hooks", "convert", "spaces"},
     {"accumulation", "views"},
-    {"beside", "checks", "uphill"},
+    {"again", "beside", "checks"},
     {"run", "checkpoints"},
     {"stack"},
     {"order", "streams"},

@@ -195,7 +195,7 @@ def test_fgsm_needs_the_batch_that_a_closure_hides_and_inputs_of_floating_point(
     [
         ("ClipNorm(1.0), SAM(0.1)", "SAM asks for a second gradient, so what ClipNorm does .* write SAM before it"),
         ("FGSM(0.1), GradientNoise(0.1), SAM(0.1)", "what GradientNoise does"),
-        ("SAM(0.1), FGSM(0.1)", "or leave one of them out"),
+        ("SAM(0.1), FGSM(0.1)", "lost; leave one of them out"),
     ],
 )
 def test_what_a_second_gradient_would_lose_is_refused(cocktail: str, line: str) -> None:

@@ -684,13 +684,14 @@ def test_decaying_twice_is_warned_of() -> None:
 
 
 def test_integer_targets_are_refused_where_a_batch_regularizer_would_mix_them() -> None:
-    run, _ = start(gf.InputNoise(0.1))
+    run, _ = start(gf.MixUp(0.1))
     with pytest.raises(
-        gf.GoodfitError, match=r"InputNoise needs y as probabilities or reals, got torch.int64 of shape \(3,\).*one_hot"
+        gf.GoodfitError, match=r"MixUp needs y as probabilities or reals, got torch.int64 of shape \(3,\).*one_hot"
     ):
         run.batch(X[:3], torch.tensor([0, 1, 2]))
-    run, _ = start(gf.L2(0.1))
-    assert run.batch(X[:3], torch.tensor([0, 1, 2]))[1].dtype == torch.int64
+    for one in (gf.L2(0.1), gf.InputNoise(0.1), gf.CutOut(1.0)):
+        run, _ = start(one)
+        assert run.batch(X[:3], torch.tensor([0, 1, 2]))[1].tolist() == [0, 1, 2]
 
 
 def test_finishing_without_a_score_is_refused() -> None:

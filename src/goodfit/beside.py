@@ -92,14 +92,16 @@ class Beside:
     def _move(self, optimizer: Optimizer, *moments: str) -> None:
         live = self._live.get(id(optimizer), {})
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for key, one in self.plan.of(Step):
+        held = self._names(optimizer)
+        for key, one in sorted(self.plan.of(Step), key=lambda item: item[1].watches):
             if one.moment not in moments:
                 continue
-            weights = {n: live[n].detach() for n in self.plan.chosen[key] if n in live}
+            there = held if one.watches else live
+            weights = {n: there[n].detach() for n in self.plan.chosen[key] if n in there}
             for part, block, state in _pieces(one, weights, {}, self.plan.states[key]):
                 lr, rate = {}, {}
                 for n in part:
-                    group = groups[id(live[n])]
+                    group = groups[id(there[n])]
                     lr[n] = torch.as_tensor(group["lr"], dtype=torch.float64)
                     if one.moment == "proximal":
                         memory = block_of(optimizer.state[live[n]], block, live[n])
@@ -200,5 +202,8 @@ def _pieces(
 def _grad(p: nn.Parameter, name: str) -> Tensor:
     assert p.grad is not None
     if p.grad.is_sparse:
-        raise GoodfitError(f"{name} has a sparse gradient, which a regularizer would make dense; leave it out by where=.")
+        raise GoodfitError(
+            f"{name} has a sparse gradient, which a regularizer would make dense; leave it out by where=, or make its "
+            "layer with sparse=False."
+        )
     return p.grad

@@ -43,15 +43,19 @@ class Checks:
                 "The cocktail averages weights, and what is scored must be what is kept; validate and call run.epoch within: "
                 "with run.view(train_loader):"
             )
-        own = told(score, step=self.plan.clock.step, seconds=time.monotonic() - self._began, **others)
-        for _, one in phases:
-            one.refuse(own, "run.epoch")
-        report = reduced(own)
+        report = reduced(self.refuse_report(score, **others))
         self.heard = True
         for key, one in phases:
             if not self._tell(key, one, report, optimizers) and not self.stopped:
                 self.stopped, self.reason = one.reason(self.plan.states[key]), one.why(self.plan.states[key])
         return not self.stopped
+
+    def refuse_report(self, score: Any, call: str = "run.epoch", **others: Any) -> Report:
+        """What a check tells; refuses one that lacks something."""
+        own = told(score, step=self.plan.clock.step, seconds=time.monotonic() - self._began, **others)
+        for _, one in self.plan.of(Epoch):
+            one.refuse(own, call)
+        return own
 
     def refuse_end(self) -> None:
         """Refuse to end where a regularizer has waited in vain, for scores or for steps."""

@@ -62,6 +62,12 @@ def _following(schedule: Schedule, optimizer: Optimizer) -> LRScheduler:
     """A scheduler of torch whose learning rate is that of a schedule."""
     if min(schedule.ends) < 0:
         raise GoodfitError(f"A learning rate must be >= 0, got scheduler={schedule!r}.")
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(rates) > 1 or not min(rates) > 0:
+        raise GoodfitError(
+            f"A schedule is the one learning rate of all weights, and the optimizer has lr={sorted(rates)}; give its groups "
+            "one lr > 0, or a function from the optimizer to a scheduler of torch."
+        )
     return LambdaLR(optimizer, [_share(schedule, group["lr"]) for group in optimizer.param_groups])
 
 

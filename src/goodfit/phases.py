@@ -125,6 +125,8 @@ class Build(Regularizer):
 class Batch(Regularizer):
     """(x, y) → (x, y), before the forward pass."""
 
+    mixes: ClassVar[bool] = True  # whether it changes y, which must be probabilities or reals then
+
     @abstractmethod
     def batch(self, x: Any, y: Tensor, noise: Noise) -> tuple[Any, Tensor]:
         """Change inputs and targets; y holds probabilities (rows, classes) or reals."""
@@ -182,6 +184,9 @@ class Step(Regularizer):
 
     elementwise: ClassVar[bool] = False
     """As for Penalty."""
+
+    watches: ClassVar[bool] = False
+    """Whether it acts behind all others, and on weights without a gradient, too: it follows where weights go."""
 
     def penalty(self, weights: Weights, state: State) -> Tensor:
         """What the objective gains by the selected weights: zero for a step that no objective knows, such as decay."""

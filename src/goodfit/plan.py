@@ -14,7 +14,7 @@ from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, listed
 from goodfit.hyper import structure
 from goodfit.noise import Clock, Noise, Noisy
-from goodfit.phases import Build, Epoch, Gradient, Penalty, Regularizer, State, Step
+from goodfit.phases import Build, Epoch, Finish, Gradient, Penalty, Regularizer, State, Step
 from goodfit.processes import rank
 from goodfit.surgery.running import seeded
 from goodfit.surgery.snapshot import Snapshot
@@ -46,6 +46,13 @@ class Plan:
     def of(self, phase: type[Any]) -> list[tuple[str, Any]]:
         """The active regularizers of one phase with the numbers of now, in written order."""
         return [(key, r.at(self.clock.step)) for key, r in self.active.items() if isinstance(r, phase)]
+
+    def begin_watching(self) -> None:
+        """Let what follows the weights, averages and slow weights, begin anew at those of now."""
+        weights, buffers = tensors_of(self.model)
+        for key, one in self.of(Step):
+            if one.watches:
+                self.states[key] = one.init({n: weights[n] for n in self.chosen[key]}, buffers)
 
     @property
     def uphill(self) -> bool:
@@ -115,6 +122,18 @@ class Plan:
             none = self.apart and isinstance(one, Epoch)
             self.states[key] = one.init({n: weights[n] for n in self.chosen[key] if not none}, {} if none else buffers)
         self.active = acting
+        self._refuse_two_averages()
+
+    def _refuse_two_averages(self) -> None:
+        seen: dict[str, str] = {}
+        for key, one in self.of(Finish):
+            for name in self.chosen[key] if one.averages else ():
+                if name in seen:
+                    raise GoodfitError(
+                        f"{seen[name]} and {type(one).__name__} would both give an average of {name}, and one of them be lost; "
+                        "leave one out, or give them other weights by where=."
+                    )
+                seen[name] = type(one).__name__
 
     def _bind(self) -> None:
         """Layers draw by this run, as if nothing had been drawn in this step."""
@@ -174,5 +193,5 @@ def _refuse_lost(acting: list[Gradient]) -> None:
         if one.twice:
             raise GoodfitError(
                 f"{type(one).__name__} asks for a second gradient, so what {type(before).__name__} does to the first would be "
-                f"lost; write {type(one).__name__} before it" + (", or leave one of them out." if before.twice else ".")
+                "lost; " + ("leave one of them out." if before.twice else f"write {type(one).__name__} before it.")
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW, Optimizer
 
 from goodfit.cocktail import Cocktail
-from goodfit.errors import GoodfitError
+from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hooks import lacking
 from goodfit.loop import LossFunction, Prepare
-from goodfit.phases import Batch
+from goodfit.phases import Batch, Gradient
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.surgery.running import call_model, evaluating
 
@@ -26,6 +27,7 @@ __all__ = [
     "averaged",
     "home_of",
     "optimizer_for",
+    "refuse_beside",
     "refuse_file",
     "refuse_maximizing",
     "refuse_numbers",
@@ -114,20 +116,43 @@ def refuse_maximizing(cocktail: Cocktail) -> None:
 
 def as_reals(cocktail: Cocktail, kind: str, model: nn.Module, x: Any, y: Tensor) -> Prepare | None:
     """What makes whole targets mixable for a Batch regularizer: reals, or probabilities over the classes of the model."""
-    if y.is_floating_point() or not any(cocktail.of(Batch)):
+    mixer = next((one for one in cocktail.of(Batch) if one.mixes), None)
+    if y.is_floating_point() or mixer is None:
         return None
     if kind == "numbers":
         return lambda y: y.to(torch.get_default_dtype())
     with torch.no_grad(), evaluating(model):
         outputs = call_model(model, x)
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        raise GoodfitError("A cocktail that mixes class targets needs a model that returns scores (rows, classes).")
+        raise GoodfitError(f"{type(mixer).__name__} on classes needs a model that returns scores (rows, classes).")
+    name, classes = type(mixer).__name__, outputs.shape[1]
 
     def one_hot(y: Tensor) -> Tensor:
         y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
-        return nn.functional.one_hot(y.to(torch.int64), outputs.shape[1]).movedim(-1, 1).to(outputs.dtype)
+        if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise GoodfitError(
+                f"{name} makes probabilities of classes, which must lie in 0 to {classes - 1}, the scores of the model, got "
+                f"{int(y.min())} to {int(y.max())}; leave such rows out, or {name}."
+            )
+        return nn.functional.one_hot(y.to(torch.int64), classes).movedim(-1, 1).to(outputs.dtype)
 
     return one_hot
+
+
+def refuse_beside(cocktail: Cocktail, loss: Any, accumulate: int) -> None:
+    """Refuse a second gradient of several batches; warn of class weights, which divide otherwise for probabilities."""
+    twice = next((one for one in cocktail.of(Gradient) if one.twice), None)
+    if twice is not None and accumulate > 1:
+        raise GoodfitError(f"{twice} takes the gradient of one batch twice, got accumulate={accumulate}; leave it at 1.")
+    mixer = next((one for one in cocktail.of(Batch) if one.mixes), None)
+    weighted = getattr(loss, "weight", None) is not None or "weight" in getattr(loss, "keywords", {})
+    if mixer is not None and weighted:
+        warnings.warn(
+            f"{type(mixer).__name__} makes probabilities of classes, for which torch divides a loss with class weights by the "
+            "rows and not by the weights: training and validation losses are of two scales.",
+            GoodfitWarning,
+            stacklevel=5,
+        )
 
 
 def averaged(measure: LossFunction) -> LossFunction:

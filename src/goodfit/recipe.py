@@ -27,7 +27,7 @@ from goodfit.logs import Told
 from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.noise import Noise
-from goodfit.preparation import MakeOptimizer, as_reals, averaged, optimizer_for, refuse_maximizing, steps_of
+from goodfit.preparation import MakeOptimizer, as_reals, averaged, optimizer_for, refuse_beside, refuse_maximizing, steps_of
 from goodfit.processes import most, rank, world
 from goodfit.progress import Progress
 from goodfit.regularizers.batchnorm import BatchNorm
@@ -74,6 +74,7 @@ class Recipe:
         steps = steps_of(train if epoch is None else epoch, self.compute.accumulate)
         mix = self.cocktail.in_steps(steps)
         refuse_maximizing(mix)
+        refuse_beside(mix, self.loss, self.compute.accumulate)
         refuse_rollback(self.nonfinite, mix, self.keep)
         measure = averaged(loss)
         run = Run(mix, model, loss=measure, example=x, seed=self.seed, keep=self.keep)

@@ -22,6 +22,7 @@ def back_to_best(run: Run, optimizer: Optimizer) -> bool:
         if one.keeps and int(state["best_check"]):
             load_tensors(run.model, *one.kept(*tensors_of(run.model), state))
             optimizer.state.clear()
+            run.begin_watching()
             went = True
     return went
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from goodfit.again import StepBatches, watched
 from goodfit.beside import Beside
 from goodfit.checks import Checks
 from goodfit.cocktail import Cocktail, as_cocktail
@@ -35,7 +36,6 @@ from goodfit.processes import rank, world
 from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import call_model
 from goodfit.tensors import refuse_no_state
-from goodfit.uphill import uphill, watched
 from goodfit.views import Views
 
 __all__ = ["Run"]
@@ -74,14 +74,14 @@ class Run:
         self.attached = False
         self._seen: set[str] = set()
         self._draws = (-1, 0, 0)
-        self._micro: list[tuple[Any, Tensor, nn.Module | None]] = []
+        self._micro = StepBatches()
 
     def batch(self, x: Any, y: Tensor) -> tuple[Any, Tensor]:
         """Batch regularizers on one batch; y must hold probabilities or reals where there is one."""
         self._plan.build_if_waiting(x)
         call = self._micro_batch()
         for key, one in self._plan.of(Batch):
-            if not y.is_floating_point():
+            if one.mixes and not y.is_floating_point():
                 raise GoodfitError(
                     f"{type(one).__name__} needs y as probabilities or reals, got {y.dtype} of shape {tuple(y.shape)}; "
                     "for classes: y = torch.nn.functional.one_hot(y, n_classes).to(x.dtype)."
@@ -108,7 +108,7 @@ class Run:
             loss = one.loss(loss, outputs, y)
         self._seen.add("loss")
         if self.model.training:
-            self._micro.append((x, y, through))
+            self._micro.note(self.model, x, y, through)
         return loss
 
     def gradient(self, optimizer: Optimizer) -> None:
@@ -202,21 +202,21 @@ class Run:
     def before_step(self, optimizer: Optimizer, redo: Callable[[], Any] | None) -> None:
         """`gradient` for the hooks; `redo` is the loop's closure, where it has one."""
         self._ready(optimizer, redo)
-        self._beside.before_step(optimizer, self._redo if redo is None or self._plan.uphill else redo)
+        within = partial(self._micro.again, self.loss)
+        self._beside.before_step(optimizer, within if redo is None or self._plan.uphill else redo)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """`step` for the hooks."""
         self._beside.after_step(optimizer)
-        self._micro.clear()
+        self._micro.forget()
+
+    def begin_watching(self) -> None:
+        """Let averages and slow weights begin anew, as behind other weights that were put into the model."""
+        self._plan.begin_watching()
 
     def skip(self) -> None:
         """Forget the batches of a step that is not taken."""
-        self._micro.clear()
-
-    def _redo(self, epsilon: Any = None) -> None:
-        x, y, through = first = self._micro[0]
-        torch.autograd.backward(self.loss(x if epsilon is None else uphill(x, epsilon), y, through=through))
-        self._micro[:] = [first]
+        self._micro.forget()
 
     def _micro_batch(self) -> int:
         """Which batch of this step this is; a second gradient counts them once more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from goodfit.batchnorms.recalibrate import recalibrate, to_recalibrate
-from goodfit.errors import GoodfitError
+from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.phases import Epoch, Finish, State
 from goodfit.plan import Plan
 from goodfit.regularizers.best_file import BestFile
+from goodfit.regularizers.spectral_norm import settle
 from goodfit.tensors import load_tensors, tensors_of
 
 __all__ = ["Views"]
@@ -53,6 +55,12 @@ class Views:
 
     def finish(self, batches: Any) -> None:
         """The weights and buffers to keep, into the model."""
+        for key, _ in self._averages():
+            begun = [t for name, t in self.plan.states[key].items() if name.startswith("sum.")]
+            if begun and not any(bool(t > 0) for t in begun):
+                one, steps = self.plan.active[key], self.plan.clock.step
+                told = f"{one} has averaged nothing in {steps} steps, since its weight was 0; let it begin sooner."
+                warnings.warn(told, GoodfitWarning, stacklevel=4)
         rest = [(key, one) for key, one in self.plan.of(Finish) if not one.averages]
         self._apply([*self._averages(), *rest], batches, "run.finish(batches=train_loader)")
 
@@ -67,14 +75,12 @@ class Views:
         return {**state, **self.files[key].read(*tensors_of(self.plan.model), state)} if key in self.files else state
 
     def roll_back(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Go on from other weights, also behind a view, with averages that begin anew where they are not finite."""
+        """Go on from other weights, also behind a view; what follows the weights begins anew."""
         load_tensors(self.plan.model, weights, buffers)
         now, own = tensors_of(self.plan.model)
         if self._aside is not None:
             self._aside = {name: t.clone() for name, t in {**now, **own}.items()}
-        for key, one in self._averages():
-            if not all(t.isfinite().all() for t in self.plan.states[key].values() if t.is_floating_point()):
-                self.plan.states[key] = one.init({n: now[n] for n in self.plan.chosen[key]}, own)
+        self.plan.begin_watching()
 
     def _averages(self) -> list[tuple[str, Any]]:
         return [(key, one) for key, one in self.plan.of(Finish) if one.averages]
@@ -93,9 +99,11 @@ class Views:
         renew = averager is not None and to_recalibrate(self.plan.model)
         if renew and batches is None:
             raise GoodfitError(f"{averager} averages weights, for which batch norms need other statistics: {call}.")
-        now = {name: t.clone() for name, t in now.items()} if renew else {}
+        now = {name: t.clone() for name, t in now.items()} if averager is not None else {}
         load_tensors(self.plan.model, weights, buffers)
         try:
+            if averager is not None:
+                settle(self.plan.model)
             if renew:
                 recalibrate(self.plan.model, batches)
         except BaseException:

@@ -43,6 +43,8 @@ def chain_of(model: nn.Module) -> Chain | None:
     layer, Identity, and what BatchNorm, Dropout, InputDropout, SkipConnections and DropPath insert; torch's own Dropout as long
     as it does nothing. Not known are subclasses, other hooks, parametrizations, norms held still, and weights that are tied.
     """
+    if not model._modules:
+        return None
     shared = [p for _, p in model.named_parameters(remove_duplicate=False)]
     modules = [m for _, m in model.named_modules(remove_duplicate=False)]
     tied = len({id(p) for p in shared}) < len(shared) or len({id(m) for m in modules}) < len(modules)

@@ -58,7 +58,7 @@ class ClipValue(Gradient):
     def gradient(
         self, grads: Weights, weights: Weights, state: State, again: Again, noise: Noise
     ) -> tuple[dict[str, Tensor], State]:
-        bound = torch.as_tensor(self.value)
+        bound = torch.as_tensor(self.value, dtype=torch.float64)
         return {name: g.minimum(bound.to(g)).maximum(-bound.to(g)) for name, g in grads.items()}, state
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class CutOut(Batch):
     tensor([[0., 1., 0., 1.],
             [0., 1., 0., 1.]])
     """
+
+    mixes: ClassVar[bool] = False
 
     p: float = hyper(0.5, valid="[0, 1]", off=0.0, low=0.0, high=1.0)
     ratio: float = hyper(0.25, valid="[0, 1]", low=0.0, high=1.0)

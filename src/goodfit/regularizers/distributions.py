@@ -19,7 +19,7 @@ def number(value: float | Tensor) -> Tensor:
 
     So every device mixes the same rows in the same shares, and one without double precision does too.
     """
-    return torch.as_tensor(value).to("cpu", torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def permutation(rows: int, noise: Noise) -> Tensor:

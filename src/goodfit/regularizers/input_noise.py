@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class InputNoise(Batch):
     tensor([[-0.2276, -0.4292],
             [-0.5577, -0.1339]])
     """
+
+    mixes: ClassVar[bool] = False
 
     std: float = hyper(0.1, valid="[0, inf)", off=0.0, low=1e-3, high=1.0, log=True)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from goodfit.errors import GoodfitError
-from goodfit.hyper import hyper
+from goodfit.hyper import hyper, lifted
 from goodfit.phases import Penalty, State, Weights
 from goodfit.where import Where, kernels
 
@@ -40,15 +41,28 @@ class Orthogonal(Penalty):
         weights = dict(model.named_parameters())
         if all(weights[n].ndim < 2 for n in self.where.select(model)):
             raise GoodfitError(f"Orthogonal needs weights of two axes or more, and where={self.where} picks none.")
-        return self
+        turned = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, _ConvTransposeNd)]
+        return lifted(self, turned=frozenset(turned))
 
     def penalty(self, weights: Weights, state: State) -> Tensor:
-        each = [_excess(w.flatten(1)).square().sum() for w in weights.values() if w.ndim > 1]
+        each = [_excess(self._matrix(n, w)).square().sum() for n, w in weights.items() if w.ndim > 1]
         return self.lam * torch.stack(each).sum()
 
     def slope(self, weights: Weights, state: State) -> dict[str, Tensor]:
-        matrices = {n: w.flatten(1) for n, w in weights.items() if w.ndim > 1}
-        return {n: 4 * self.lam * _pulled(matrices[n]).view(w.shape) if n in matrices else w * 0 for n, w in weights.items()}
+        return {n: self._slope(n, w) if w.ndim > 1 else w * 0 for n, w in weights.items()}
+
+    def _slope(self, name: str, w: Tensor) -> Tensor:
+        pulled = 4 * self.lam * _pulled(self._matrix(name, w))
+        turned = w.transpose(0, 1).shape if name in self._turned else w.shape
+        return pulled.view(turned).transpose(0, 1) if name in self._turned else pulled.view(turned)
+
+    def _matrix(self, name: str, w: Tensor) -> Tensor:
+        """(out, in · height · width), also of a transposed convolution, whose first axis is in."""
+        return (w.transpose(0, 1) if name in self._turned else w).flatten(1)
+
+    @property
+    def _turned(self) -> frozenset[str]:
+        return getattr(self, "turned", frozenset())
 
 
 def _excess(matrix: Tensor) -> Tensor:

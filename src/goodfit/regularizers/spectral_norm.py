@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, register_parametrization
 
 from goodfit.errors import GoodfitError, listed
 from goodfit.hyper import hyper
@@ -84,6 +84,15 @@ class SpectralNorm(Build):
         with evaluating(owner):  # torch reads the weight, which in train mode would iterate
             register_parametrization(owner, local, norm)
         norm.train(owner.training)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, iterations: int = 15) -> None:
+    """Let the norms of weights that have changed at once, as averaged ones, find their largest singular values again."""
+    for module in model.modules():
+        for around in getattr(module, "parametrizations", {}).values() if is_parametrized(module) else ():
+            for norm in (m for m in around if isinstance(m, _SpectralNorm)):
+                norm._power_method(norm._reshape_weight_to_matrix(around.original), iterations)
 
 
 def _normed(model: nn.Module, path: str) -> bool:

@@ -109,10 +109,12 @@ class Acting:
         return found
 
     def _move(self, live: Mapping[str, Tensor], optimizer: Optimizer, *moments: str) -> None:
-        for slot in self.of(Step):
+        trained = {n: w for n, w in self.members.weights.items() if w.requires_grad}
+        for slot in sorted(self.of(Step), key=lambda slot: slot.one.watches):
             if slot.one.moment not in moments:
                 continue
-            weights = {n: live[n].detach() for n in slot.chosen if n in live}
+            there = trained if slot.one.watches else live
+            weights = {n: there[n].detach() for n in slot.chosen if n in there}
             lr, rate = self._rates(slot, optimizer, weights)
             if slot.one.elementwise:
                 moved: dict[str, Tensor] = {}

@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map
 
 from goodfit.chain.plan import chain_of
-from goodfit.losses import loss_of, rowwise
+from goodfit.losses import loss_of
 from goodfit.noise import Clock, Noisy
 from goodfit.stack.members import Members
 
 __all__ = ["Forward", "losses_of"]
+
+_IGNORED = -100  # the class that torch leaves out
+_SQUARED = (loss_of("numbers"), F.mse_loss)
 
 
 class Forward:
@@ -54,37 +57,21 @@ class Forward:
         self.template.train(training)
         return chain_of(self.template)
 
-    @torch.no_grad()
-    def refuses(self, x: Any) -> str:
-        """Why these models cannot be computed as one on inputs like x, "" where they can."""
-        kept = {name: t.clone() for name, t in self.members.buffers.items()}
-        try:
-            together = self(x, False, False)
-            for i in range(min(2, self.members.count)):
-                alone = self._alone({n: t[i] for n, t in {**self.members.weights, **self.members.buffers}.items()}, x)
-                for one, other in zip(tree_flatten(together)[0], tree_flatten(alone)[0], strict=True):
-                    torch.testing.assert_close(one[i], other, equal_nan=True)
-            self(x, False, True)
-        except Exception as wrong:
-            return (str(wrong).strip().splitlines() or [type(wrong).__name__])[0]
-        finally:
-            for name, before in kept.items():
-                self.members.buffers[name].copy_(before)
-            for module in self.template.modules():
-                if isinstance(module, Noisy):
-                    module.forget()
-        return ""
-
 
 def losses_of(loss: Callable[[Any, Tensor], Tensor], outputs: Any, y: Any, own: bool) -> Tensor:
     """The loss of each member, (K,): of a known loss at once, else by vmap, else one after the other."""
-    each = rowwise(loss) if loss in (loss_of("classes"), loss_of("numbers"), F.mse_loss, F.l1_loss) else None
-    members = tree_flatten(outputs)[0][0].shape[0]
-    if each is not None and isinstance(outputs, Tensor) and isinstance(y, Tensor):
-        y = y if own else y.expand(members, *y.shape)
-        if loss is loss_of("classes") and outputs.ndim == 3 and outputs.shape[2] > 1:
-            return F.cross_entropy(outputs.mT, y.mT if y.is_floating_point() else y, reduction="none").mean(1)
-        return each(outputs.flatten(0, 1), y.flatten(0, 1)).view(members, -1).mean(1)
+    leaf = tree_flatten(outputs)[0][0]
+    members, each = leaf.shape[0], leaf.shape[1:]
+    target = (y.shape[1:] if own else y.shape) if isinstance(y, Tensor) else None
+    if isinstance(outputs, Tensor) and target is not None:
+        if loss is loss_of("classes") and y.dtype == torch.int64 and len(each) == 2 and target == each[:1] and each[1] > 1:
+            y = y if own else y.expand(members, *target)
+            return F.cross_entropy(outputs.mT, y, reduction="none").sum(1) / (y != _IGNORED).sum(1)
+        if loss is loss_of("classes") and y.is_floating_point() and len(each) == 2 and target == each and each[1] > 1:
+            y = (y if own else y.expand(members, *target)).to(outputs.dtype)
+            return F.cross_entropy(outputs.mT, y.mT, reduction="none").mean(1)
+        if loss in _SQUARED and y.is_floating_point() and target == each:
+            return (outputs - y.to(outputs.dtype)).square().flatten(1).mean(1)
     try:
         return vmap(loss, in_dims=(0, 0 if own else None), randomness="different")(outputs, y)
     except RuntimeError:

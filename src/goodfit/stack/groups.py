@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
-from goodfit.phases import Batch, Gradient
+from goodfit.phases import Batch, Build, Gradient
 from goodfit.run import Run
 from goodfit.stack.apart import Apart
 from goodfit.stack.forward import losses_of
@@ -20,6 +20,7 @@ from goodfit.stack.memory import at_once
 from goodfit.stack.optimizers import MakeOptimizer, Rate, optimizer_of, refuse_mixing
 from goodfit.stack.slots import ordered, places
 from goodfit.stack.together import Together
+from goodfit.stack.trial import differs
 
 __all__ = ["How", "Part", "grouped"]
 
@@ -59,14 +60,14 @@ class Part:
 
 def grouped(runs: Sequence[Run], seeds: Sequence[int], lrs: Sequence[Rate], make: MakeOptimizer | None, how: How) -> list[Part]:
     """The parts of a stack."""
-    mixing = "" if make is None else refuse_mixing(make)
+    mixing = "" if make is None else refuse_mixing(make, [run.model for run in runs])
     parts = []
     for members in _fitting(_alike(runs), runs, how):
         mine, rates = [runs[k] for k in members], [lrs[k] for k in members]
-        why = mixing or _rolls_back(mine[0])
+        why = mixing or _rolls_back(mine[0]) or next(filter(None, map(_moves, mine)), "")
         work = None if why or not _pays(mine, how) else Together(mine, [seeds[k] for k in members])
         if work is not None:
-            why = work.forward.refuses(how.example)
+            why = differs(work.members, how.example)
         if work is not None and not why:
             work.use(optimizer_of(make, work.members.weights, rates), None if make else rates)
             parts.append(Part(members, work))
@@ -101,6 +102,19 @@ def _rolls_back(run: Run) -> str:
     """Why a member needs an optimizer of its own, "" where it does not: its moments begin anew when it rolls back."""
     one = next((one for one in run._plan.active.values() if getattr(one, "nonfinite", "") == "rollback"), None)
     return "" if one is None else f"{one} begins the optimizer anew"
+
+
+def _moves(run: Run) -> str:
+    """Why a member needs a model of its own, "" where it does not: a schedule moves what is no tensor, as torch's p is none."""
+    for one in run._plan.active.values():
+        if isinstance(one, Build) and one.scheduled:
+            seen = []
+            for step in (10**9, 1, 0):
+                one.at(step).tune(run.model)
+                seen.append(kind_of(run.model))
+            if len(set(seen)) > 1:
+                return f"{one} moves numbers of layers that are torch's own"
+    return ""
 
 
 def _alike(runs: Sequence[Run]) -> list[list[int]]:

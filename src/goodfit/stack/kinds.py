@@ -2,39 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import types
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from goodfit.noise import Noisy
 
 __all__ = ["kind_of"]
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_TORCH = frozenset(vars(nn.Module())) - {"training"}
+_DEPTH = 12
+Seen = dict[int, tuple[Any, Any]]
+"""What stands for an object that was met before, by its identity, and the object, so that the identity stays its own."""
 
 
 def kind_of(model: nn.Module) -> Hashable:
-    """Equal for models that differ in the numbers of their tensors alone; those of inserted layers, as rates, are tensors."""
-    return tuple((name, *_kind(module)) for name, module in model.named_modules(remove_duplicate=False))
+    """Equal for models that differ in the numbers of their tensors alone; those of inserted layers, as rates, are tensors.
+
+    What cannot be looked into is known by its identity, and so never equal to another.
+    """
+    seen: Seen = {id(module): (name, module) for name, module in model.named_modules()}
+    own = tuple(name for name, _ in model.named_parameters())  # not the same where weights are tied otherwise
+    modules = model.named_modules(remove_duplicate=False)
+    return own, tuple((name, *_kind(module, seen)) for name, module in modules)
 
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
+def _kind(module: nn.Module, seen: Seen) -> tuple[Any, ...]:
     held = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     tensors = tuple((n, type(t), tuple(t.shape), t.dtype, t.device, t.requires_grad) for n, t in held)
-    hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return type(module), _fields(module), tensors, tuple((type(hook), _fields(hook)) for hook in hooks)
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    kind = type(module).__bases__ if is_parametrized(module) else type(module)  # torch makes a class for each such module
+    own = {k: v for k, v in vars(module).items() if k not in _TORCH and not k.startswith("goodfit_")}
+    if isinstance(module, Noisy):
+        own = {k: v for k, v in own.items() if k not in ("clock", "_now", "_calls", "_pending", "_kept")}
+    return kind, _value(own, seen), tensors, tuple(_value(hook, seen) for hook in hooks)
 
 
-def _fields(one: Any) -> tuple[Hashable, ...]:
-    """What it holds that is no tensor; of an object that cannot be looked into, which one it is."""
-    held = {k: v for k, v in getattr(one, "__dict__", {}).items() if not k.startswith(("_", "goodfit_"))}
-    if isinstance(one, Noisy):
-        held.pop("clock")
-    return tuple(sorted((k, repr(v) if isinstance(v, _PLAIN) else _known(v)) for k, v in held.items()))
-
-
-def _known(value: Any) -> str:
-    if isinstance(value, nn.Module):
-        return ""  # it has a name of its own
-    return f"{type(value).__qualname__} {getattr(value, '__qualname__', id(value))}"
+def _value(value: Any, seen: Seen, depth: int = 0) -> Hashable:
+    """A value as something to compare."""
+    if isinstance(value, type):
+        return value
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if id(value) in seen:
+        return f"the one at {seen[id(value)][0]!r}"
+    if depth > _DEPTH or isinstance(value, Tensor):
+        return f"this one, {id(value)}"
+    seen[id(value)] = len(seen), value
+    if isinstance(value, Mapping):
+        return ("mapping", *((_value(k, seen, depth + 1), _value(v, seen, depth + 1)) for k, v in value.items()))
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, *(_value(v, seen, depth + 1) for v in value))
+    if isinstance(value, types.FunctionType):
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        return value.__code__, _value((value.__defaults__, value.__kwdefaults__, cells), seen, depth + 1)
+    if isinstance(value, types.MethodType):
+        return _value(value.__func__, seen, depth + 1), _value(value.__self__, seen, depth + 1)
+    if isinstance(value, types.BuiltinFunctionType):
+        return value.__qualname__
+    if type(value).__module__ == "_thread":  # what a thread holds, or locks, is empty between two passes
+        return repr(type(value))
+    fields = getattr(value, "__dict__", None)
+    if fields is None or isinstance(value, nn.Module) or type(value).__module__ in ("builtins", "weakref"):
+        return f"this one, {id(value)}"
+    return type(value), _value(dict(fields), seen, depth + 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from goodfit.again import uphill, watched
 from goodfit.errors import GoodfitError
 from goodfit.noise import Clock, Noise
 from goodfit.phases import Batch, Build, Gradient, Loss
@@ -20,7 +21,6 @@ from goodfit.stack.forward import Forward, losses_of
 from goodfit.stack.members import Members
 from goodfit.stack.optimizers import Rate, kept_state, lr_at
 from goodfit.stack.slots import Slot, slots_of
-from goodfit.uphill import uphill, watched
 
 __all__ = ["Together"]
 
@@ -46,12 +46,16 @@ class Together:
         """Train with this optimizer; lrs: those of the members, None where the optimizer knows its own."""
         self.optimizer, self._lrs = optimizer, None if lrs is None else list(lrs)
 
+    def of(self, phase: type[Any]) -> list[Slot]:
+        """The slots of one phase, in order."""
+        return self._acting.of(phase)
+
     def batch(self, x: Any, y: Any, own: bool) -> tuple[Any, Any, bool]:
         """Batch regularizers on one batch; whether each member has its own behind them."""
         call = self._batches[1] + 1 if self._batches[0] == self.clock.step else 0
         self._batches = (self.clock.step, call)
         for slot in self._acting.of(Batch):
-            if not y.is_floating_point():
+            if slot.one.mixes and not y.is_floating_point():
                 raise GoodfitError(
                     f"{type(slot.one).__name__} needs y as probabilities or reals, got {y.dtype} of shape {tuple(y.shape)}; "
                     "for classes: y = torch.nn.functional.one_hot(y, n_classes).to(x.dtype)."

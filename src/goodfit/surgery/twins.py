@@ -100,4 +100,5 @@ def _fresh(unit: _Unit) -> nn.Module:
             raise GoodfitError(f"ShakeShake copies plain layers, but {unit.name} is parametrized: put that behind ShakeShake.")
         if isinstance(layer, nn.Linear | _ConvNd):
             layer.reset_parameters()
+            layer.weight.requires_grad_()
     return twin
