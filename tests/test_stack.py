@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -459,3 +460,221 @@ def test_a_stack_tells_its_parts(caplog: pytest.LogCaptureFixture) -> None:
     stack.stop([0, 1])
     assert repr(stack) == "Stack of 2 members, 0 going on: all have left"
     assert gf.Stack(["L2(0.1)"] * 2, [net(0), net(1)], task="classes", example=X[:8], together=False)._parts.all[0].why == ""
+
+
+class Private(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self._factor, self.body = factor, net(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self._factor
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs, self.body = 0, net(1)
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        if self.training:
+            self.runs += 1
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return y * (1 if self.runs < 5 else 3) - self.mean
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.last = nn.Embedding(10, 6, padding_idx=0), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.words(x).mean(1))
+
+
+def scaled(factor: float) -> nn.Module:
+    model = net(1)
+    model[2].register_forward_hook(lambda module, args, output: output * factor)
+    return model
+
+
+def held(model: nn.Module) -> nn.Module:
+    model[0].weight.register_hook(lambda g: g * 0)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [Private(1.0), Private(3.0)],
+        lambda: [scaled(1.0), scaled(3.0)],
+        lambda: [Counts(), Counts()],
+        lambda: [held(net(0)), net(0)],
+        lambda: [nn.Sequential(net(k), nn.Dropout(0.0)) for k in (0, 1)],
+    ],
+    ids=["private field", "hook", "state", "gradient hook", "torch's dropout"],
+)
+@pytest.mark.filterwarnings("ignore:[12] members are trained")
+def test_what_is_not_the_same_is_not_taken_for_it(make: Any) -> None:
+    models, others = make(), make()
+    stack = gf.Stack(["L2(1e-3)", "Dropout(linear(0, 0.5, steps=4))"], models, task="classes", example=X[:8], lr=1e-2)
+    trained(stack, range(4))
+    alone("L2(1e-3)", others[0], epochs=4)
+    assert far(stack.finish()[0], others[0]) < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:2 members are trained")
+def test_padding_stays_padding() -> None:
+    words, targets = torch.randint(0, 10, (2, 16, 5)), torch.randint(0, 3, (2, 16))
+    models = [Words(), Words()]
+    stack = gf.Stack(["L2(0.0)"] * 2, models, task="classes", example=words[0])
+    stack.learn(words, targets, own=True)
+    assert all(not model.words.weight[0].any() for model in models)
+
+
+def test_torchs_dropout_follows_its_schedule() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 3)).double()
+
+    models = [make(), make()]
+    with pytest.warns(GoodfitWarning, match="moves numbers of layers that are torch's own"):
+        stack = gf.Stack(["Dropout(linear(0, 0.9, steps=4))"] * 2, models, task="classes", example=X[:8])
+    trained(stack, range(2))
+    assert models[0][2].p == pytest.approx(0.9)
+
+
+def test_losses_of_other_shapes_and_ignored_classes_stay_those_of_one_member() -> None:
+    y = torch.stack([torch.zeros(16), torch.full((16,), 100.0)]).double()
+    models = [nn.Sequential(net(k), nn.Linear(3, 1)).double() for k in (0, 1)]
+    stack = gf.Stack(["L2(0.0)"] * 2, models, loss=F.mse_loss, example=X[:4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of the shapes
+        losses = stack.loss(*stack.batch(X[:32].view(2, 16, 6), y, own=True))
+        each = [F.mse_loss(model(X[16 * k : 16 * k + 16]), y[k]) for k, model in enumerate(models)]
+    torch.testing.assert_close(losses, torch.stack(each))
+    ignoring = Y.clone()
+    ignoring[::3] = -100
+    for target in (ignoring, Y[:, None], Y.to(torch.int32)):
+        models = [net(0), net(1)]
+        stack = gf.Stack(["L2(0.0)"] * 2, models, task="classes", example=X[:8])
+        run = gf.Run("L2(0.0)", copy.deepcopy(models[1]), task="classes")
+        torch.testing.assert_close(stack.loss(X, target)[1], run.loss(X, target))
+
+
+def test_scores_are_heard_as_precisely_as_they_are() -> None:
+    stack = gf.Stack(["EarlyStopping(2)"] * 2, [net(0), net(1)], task="classes", example=X[:8])
+    assert all(stack.epoch([0.5 - 1e-9 * check, 1e39]) for check in range(2))
+    assert stack.epoch([0.5 - 3e-9, 1e39])
+    assert stack.members == [0]
+
+
+def made(stack: gf.Stack, call: str) -> None:
+    if call == "loss":
+        stack.loss(*TRAIN[0]).sum().backward()
+    else:
+        getattr(stack, call)()
+
+
+def test_calls_come_in_their_order_and_none_is_forgotten() -> None:
+    def start(mix: str = "L2(0.1), L1(0.1)") -> gf.Stack:
+        return gf.Stack([mix] * 2, [net(0), net(1)], task="classes", example=X[:8])
+
+    for calls, line in (
+        (["move"], r"stack.move\(\) needs stack.gradient\(\) before it"),
+        (["gradient"], r"stack.gradient\(\) needs stack.loss\(x, y\).sum\(\).backward\(\)"),
+        (["loss", "gradient", "gradient"], "needs stack.loss"),
+        (["loss", "gradient", "move", "loss"], r"call stack.step\(\)"),
+        (["loss", "state_dict"], "stack.state_dict comes between two steps"),
+        (["loss", "finish"], "stack.finish comes between two steps"),
+    ):
+        stack = start()
+        for call in calls[:-1]:
+            made(stack, call)
+        with pytest.raises(GoodfitError, match=line):
+            made(stack, calls[-1])
+    stack = start()
+    stack.loss(*TRAIN[0])
+    stack.zero_grad()
+    stack.learn(*TRAIN[0])
+    with pytest.raises(GoodfitError, match=r"MixUp acts in stack.batch, which was not called"):
+        start("MixUp(0.2)").loss(*TRAIN[0])
+    batch = stack.batch(*TRAIN[0])
+    stack.stop([0])
+    with pytest.raises(GoodfitError, match="made for members of which some have left"):
+        stack.loss(*batch)
+    with pytest.raises(GoodfitError, match=r"stack\.stop got 0, and these go on: 1"):
+        stack.stop([0])
+    assert stack.stopped == {0: "stopped by stack.stop"}
+    with stack.view(), pytest.raises(GoodfitError, match=r"stack.alone comes behind `with stack.view"):
+        stack.alone(1)
+    stack.finish()
+    for call in (lambda: stack.learn(*TRAIN[0]), lambda: stack.score(VALID), lambda: stack.outputs(X)):
+        with pytest.raises(GoodfitError, match="No member of this stack goes on"):
+            call()
+    with pytest.raises(GoodfitError, match="A stack cannot be copied"):
+        copy.deepcopy(stack)
+
+
+def test_a_mistake_that_all_members_share_is_raised() -> None:
+    stack = gf.Stack(["EMA(0.9), BatchNorm()"] * 2, [net(0), net(1)], task="classes", example=X[:8])
+    stack.learn(*TRAIN[0])
+    with pytest.raises(GoodfitError, match="averages weights, for which batch norms need other statistics"), stack.view():
+        pass
+    assert stack.members == [0, 1]
+    stack = gf.Stack(["EarlyStopping(2)", "EarlyStopping(PQ(0.5, 3))"], [net(0), net(1)], task="classes", example=X[:8])
+    with pytest.raises(GoodfitError, match="train_loss"):
+        stack.epoch([1.0, 1.0])
+    assert stack.epoch([1.0, 1.0], train_loss=[1.0, 1.0])
+    assert stack.epoch([1.0, 1.0], train_loss=[1.0, 1.0])
+    assert stack.members == [0, 1]
+
+
+def test_a_state_is_a_copy_and_goes_into_a_stack_of_the_same_optimizer() -> None:
+    def start(**how: Any) -> gf.Stack:
+        return gf.Stack(["L2(0.1)"] * 2, [net(0), net(1)], task="classes", example=X[:8], **({"lr": 1e-2} | how))
+
+    first = trained(start(), range(2))
+    saved = first.state_dict()
+    trained(first, range(2))
+    again = start()
+    again.load_state_dict(saved)
+    assert all(far(a, b) == 0.0 for a, b in zip(trained(again, range(2)).finish(), first.finish(), strict=True))
+    other = start(lr=1e-3, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    with pytest.raises(GoodfitError, match=r"saved with the optimizer AdamW.*goes on with the optimizer SGD"):
+        other.load_state_dict(saved)
+    with pytest.warns(GoodfitWarning, match=r"lr=\[0.01, 0.01\], and goes on with .* lr=\[0.5, 0.5\]"):
+        start(lr=0.5).load_state_dict(saved)
+
+
+def test_a_member_that_was_apart_goes_on_alone() -> None:
+    stack = trained(
+        gf.Stack(["Dropout(0.1), MixUp(0.2)"], [net(2)], task="classes", example=X[:8], lr=1e-2, seeds=[3]), range(3)
+    )
+    run, optimizer = stack.alone(0)
+    go_on(run, optimizer, range(3, 6))
+    assert far(run.finish(), alone("Dropout(0.1), MixUp(0.2)", net(2), seed=3, epochs=6)) < 1e-12
+
+
+def test_an_optimizer_that_looks_at_shapes_is_used_alone() -> None:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        given = list(parameters)
+        matrices, others = ([p for p in given if (p.ndim > 1) == which] for which in (True, False))
+        groups = [{"params": matrices, "weight_decay": 0.3}, {"params": others}]
+        return torch.optim.SGD(groups, lr=0.1)
+
+    with pytest.warns(GoodfitWarning, match="their optimizer looks at the shape of the weights"):
+        compare(["L1(1e-3)", "MaxNorm(1.0)"], [net(0), net(1)], make=make, epochs=4)
+
+
+STRUCTURES = ["SkipConnections(), DropPath(0.2)", "SkipConnections(), ShakeShake()", "SpectralNorm()", "DropConnect(0.3)"]
+
+
+@pytest.mark.parametrize("mix", STRUCTURES)
+def test_structures_are_computed_at_once(mix: str) -> None:
+    stack = compare([mix] * 3, [net(k, 8, 8, 8, 8) for k in range(3)], seeds=[1, 2, 3], epochs=3)
+    assert stack.stopped == {}
+    again = gf.Stack([mix] * 3, [net(k, 8, 8, 8, 8) for k in range(3)], task="classes", example=X[:8])
+    assert len(again._parts.all) == 1

@@ -92,8 +92,8 @@ class Stack:
 
     def loss(self, x: Any, y: Any) -> Tensor:
         """The loss of each member that goes on, (K,), without penalties; call `.sum().backward()` on it."""
-        self._calls.make("loss")
         xs, ys = self._parts.given(x, y)
+        self._calls.make("loss")
         return self._parts.joined([self._parts.loss(i, xs, ys) for i in range(len(self._parts.all))])
 
     def zero_grad(self) -> None:
