@@ -135,3 +135,98 @@ def test_means_of_short_numbers_are_kept_in_float32() -> None:
     weights, _ = one.finish({"w": torch.ones(1, dtype=torch.bfloat16)}, {}, state)
     assert weights["w"].dtype == torch.bfloat16
     assert float(state["mean.w"]) == pytest.approx(1.5 - 0.5 * 0.999**1000, rel=1e-4)
+
+
+def test_several_optimizers_count_their_own_steps() -> None:
+    def trained(cocktail: str, each: Any = None) -> nn.Sequential:
+        model = net()
+        run = gf.Run(cocktail, model, task="numbers", example=X)
+        a, b = (torch.optim.SGD(model[i].parameters(), lr=0.05) for i in (0, 2))
+        run.attach(a, b)
+        for i in range(4):
+            model.zero_grad()
+            run.loss(X[6 * i : 6 * i + 6], Y[6 * i : 6 * i + 6]).backward()
+            a.step()
+            b.step()
+            if each is not None:
+                each(model)
+        return run.finish()
+
+    seen: list[dict[str, Tensor]] = []
+    averaged = trained("SWA()", lambda model: seen.append({n: t.clone() for n, t in model.state_dict().items()}))
+    for name, t in averaged.state_dict().items():
+        torch.testing.assert_close(t, torch.stack([one[name] for one in seen]).mean(0))
+    still, start = trained("Lookahead(0.0, k=2)"), net()
+    assert all(torch.equal(a, b) for a, b in zip(still.parameters(), start.parameters(), strict=True))
+
+
+def test_weights_that_rest_in_a_step_are_averaged_too() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    model = Heads().double()
+    run = gf.Run("SWA()", model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.attach(optimizer)
+    seen = []
+    for i in range(8):
+        optimizer.zero_grad()
+        (model.a if i % 2 else model.b)(X).square().mean().backward()
+        optimizer.step()
+        seen.append((model.a.weight.detach().clone(), model.b.weight.detach().clone()))
+    run.finish()
+    for got, iterates in zip((model.a, model.b), zip(*seen, strict=True), strict=True):
+        torch.testing.assert_close(got.weight.detach(), torch.stack(iterates).mean(0))
+
+
+def test_two_averages_of_one_weight_are_refused() -> None:
+    with pytest.raises(GoodfitError, match=r"EMA and SWA would both give an average of 0\.weight, and one of them be lost"):
+        gf.Run("EMA(0.9), SWA()", net())
+    gf.Run("EMA(0.9, where=kernels), SWA(where=biases)", net())
+
+
+def test_averages_follow_whatever_stands_behind_them() -> None:
+    found = []
+    for cocktail in ("SWA(), MaxNorm(0.3)", "MaxNorm(0.3), SWA()"):
+        model, run, optimizer = start(cocktail)
+        steps(run, optimizer, 9)
+        found.append(run.finish().state_dict())
+        assert float(model[0].weight.detach().norm(dim=1).max()) <= 0.3 + 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("cocktail", ["EMA(0.9)", "SWA()", "Lookahead(0.5, k=4)"])
+def test_what_follows_the_weights_goes_back_with_them(cocktail: str) -> None:
+    model, run, optimizer = start(f"{cocktail}, EarlyStopping(9, nonfinite='rollback')")
+    steps(run, optimizer, 4)
+    with run.view():
+        run.epoch(1.0)
+    best = [p.detach().clone() for p in run.model.parameters()] if "Look" in cocktail else None
+    with torch.no_grad():
+        model[0].weight.mul_(1e6)
+    steps(run, optimizer, 1)
+    with run.view():
+        run.epoch(float("nan"))
+    for name, t in run.state_dict().items():
+        if "mean." in name or "slow." in name:
+            assert float(t.abs().max()) < 10, name
+    assert best is None or all(torch.equal(a, b) for a, b in zip(best, model.parameters(), strict=True))
+
+
+def test_an_average_that_has_not_begun_is_told() -> None:
+    _, run, optimizer = start("SWA(late(1.0, steps=100))")
+    steps(run, optimizer, 4)
+    with pytest.warns(gf.GoodfitWarning, match=r"SWA\(late\(1.0, steps=100\)\) has averaged nothing in 4 steps"):
+        run.finish()
+
+
+def test_averaged_weights_keep_the_norm_that_spectral_norm_gives() -> None:
+    model, run, optimizer = start("SpectralNorm(), EMA(0.5)")
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    steps(run, optimizer, 12)
+    run.finish().eval()
+    for layer in (model[0], model[2]):
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1.0, abs=1e-3)

@@ -250,3 +250,98 @@ def test_orthogonal_pulls_a_kernel_to_orthonormal_rows(shape: tuple[int, ...]) -
 def test_orthogonal_refuses_a_model_without_a_matrix_where_it_looks() -> None:
     with pytest.raises(GoodfitError, match="Orthogonal needs weights of two axes or more, and where=biases picks none"):
         gf.Run("Orthogonal(0.1, where=biases)", net(), task="numbers")
+
+
+def test_fgsm_moves_along_the_gradient_of_this_step_alone() -> None:
+    def trained_on(x: Tensor, fresh: bool) -> nn.Module:
+        model = net()
+        run = gf.Run("FGSM(0.1)", model, task="numbers")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run.attach(optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            run.loss(x.clone() if fresh else x, Y).backward()
+            optimizer.step()
+        return model
+
+    close(trained_on(X.clone().requires_grad_(), False), trained_on(X, True), 0.0)
+
+
+def test_the_second_gradient_has_the_precision_of_the_first() -> None:
+    seen: list[torch.dtype] = []
+    model = net().float()
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    run = gf.Run("SAM(0.05)", model, task="numbers", example=X.float())
+    seen.clear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.attach(optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = run.loss(X.float(), Y.float())
+    loss.backward()
+    optimizer.step()
+    assert seen == [torch.bfloat16] * 2
+
+
+def test_a_step_that_was_not_taken_is_forgotten() -> None:
+    model = net()
+    run = gf.Run("SAM(0.05)", model, task="numbers")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.attach(optimizer)
+    for taken in (False, True, False, False, True):
+        optimizer.zero_grad()
+        run.loss(X, Y).backward()
+        if taken:
+            optimizer.step()
+    close(model, trained("SAM(0.05)", steps=2)[0], 0.0)
+
+
+def test_inputs_with_a_graph_of_their_own_are_refused_where_it_would_run_twice() -> None:
+    encoder, model = nn.Linear(5, 5).double(), net()
+    run = gf.Run("SAM(0.1)", model, task="numbers")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.attach(optimizer)
+    run.loss(encoder(X), Y).backward()
+    with pytest.raises(GoodfitError, match="x carries a graph of its own"):
+        optimizer.step()
+
+
+def test_fit_refuses_a_second_gradient_of_several_batches() -> None:
+    data = (X.float(), Y.float())
+    with pytest.raises(GoodfitError, match=r"SAM\(0.1\) takes the gradient of one batch twice, got accumulate=2"):
+        gf.fit(net().float(), data, data, "SAM(0.1)", compute=gf.Compute(accumulate=2), progress=False)
+
+
+def test_orthogonal_means_the_outputs_of_a_transposed_convolution() -> None:
+    layer = nn.ConvTranspose2d(8, 2, 3).double()
+    model = nn.Sequential(layer, nn.Flatten())
+    run = gf.Run("Orthogonal(1.0)", model)
+    m = layer.weight.detach().transpose(0, 1).flatten(1)
+    assert run.penalty() == pytest.approx(float((m @ m.T - torch.eye(2)).square().sum()), rel=1e-12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run.attach(optimizer)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (model(torch.zeros(1, 8, 4, 4, dtype=torch.float64)) * 0).sum().backward()
+        optimizer.step()
+    assert run.penalty() < 1e-12
+
+
+@pytest.mark.parametrize("y", [torch.tensor([0, -100, 1] * 4), torch.tensor([0, 5, 1] * 4)])
+def test_classes_that_have_no_probability_are_one_line(y: Tensor) -> None:
+    model = nn.Linear(5, 3).float()
+    with pytest.raises(GoodfitError, match=r"MixUp makes probabilities of classes, which must lie in 0 to 2"):
+        gf.fit(model, (X.float(), y), (X.float(), y.clamp(0, 2)), "MixUp(0.2)", progress=False, epochs=1)
+
+
+def test_class_weights_beside_probabilities_are_told() -> None:
+    y, weighted = torch.arange(12) % 3, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 20.0], dtype=torch.float32))
+    options: dict[str, Any] = {"progress": False, "epochs": 1, "loss": weighted}
+    with pytest.warns(gf.GoodfitWarning, match="MixUp makes probabilities of classes, for which torch divides"):
+        gf.fit(nn.Linear(5, 3).float(), (X.float(), y), (X.float(), y), "MixUp(0.2)", **options)
+    torch.manual_seed(0)
+    first = nn.Linear(5, 3).float()
+    losses = []
+    for mix in ("L2(0.0)", "InputNoise(1e-9)", "CutOut(1e-9)"):
+        found = gf.fit(copy.deepcopy(first), (X.float(), y), (X.float(), y), mix, **options)
+        losses.append(found.history[0]["train_loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)

@@ -128,3 +128,15 @@ def test_a_learning_rate_below_zero_is_refused() -> None:
     data = (torch.zeros(4, 1), torch.zeros(4))
     with pytest.raises(GoodfitError, match="A learning rate must be >= 0"):
         gf.fit(nn.Linear(1, 1), data, data, "L2(0.1)", scheduler=gf.schedules.linear(0.1, -0.1, steps=3), progress=False)
+
+
+@pytest.mark.parametrize("lrs", [(0.1, 0.001), (0.0,)])
+def test_a_schedule_is_of_one_learning_rate(lrs: tuple[float, ...]) -> None:
+    data = (torch.zeros(4, 2), torch.zeros(4))
+    model = nn.Linear(2, 1)
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in zip(parameters, lrs * 2, strict=False)], lr=0.1)
+
+    with pytest.raises(GoodfitError, match="A schedule is the one learning rate of all weights, and the optimizer has lr="):
+        gf.fit(model, data, data, "L2(0.1)", optimizer=make, scheduler=cosine(0.1, 0.0, epochs=2), progress=False)

@@ -605,7 +605,7 @@ def test_calls_come_in_their_order_and_none_is_forgotten() -> None:
     stack.stop([0])
     with pytest.raises(GoodfitError, match="made for members of which some have left"):
         stack.loss(*batch)
-    with pytest.raises(GoodfitError, match=r"stack\.stop got 0, and these go on: 1"):
+    with pytest.raises(GoodfitError, match=r"stack\.stop got 0, which does not go on; those that do: 1"):
         stack.stop([0])
     assert stack.stopped == {0: "stopped by stack.stop"}
     with stack.view(), pytest.raises(GoodfitError, match=r"stack.alone comes behind `with stack.view"):
