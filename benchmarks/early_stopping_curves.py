@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import goodfit as gf
+from goodfit.fitting.stepping import Stepping
 from goodfit.losses import loss_of
-from goodfit.stepping import Stepping
 from goodfit.tabular.network import mlp
 from goodfit.tabular.prepare import prepare
 

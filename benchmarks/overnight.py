@@ -21,9 +21,9 @@ from table import show, write
 from torch import nn
 
 import goodfit as gf
-from goodfit.guard import Guard
+from goodfit.fitting.guard import Guard
+from goodfit.fitting.stepping import Stepping
 from goodfit.run import Run
-from goodfit.stepping import Stepping
 
 NETWORKS: dict[str, tuple[int, int, int]] = {"small": (20, 64, 256), "middle": (64, 1024, 256), "large": (256, 4096, 128)}
 

@@ -24,7 +24,7 @@ from table import show, write
 from torch import nn
 
 import goodfit as gf
-from goodfit.loop import evaluate
+from goodfit.fitting.loop import evaluate
 from goodfit.losses import loss_of
 from goodfit.tabular.network import mlp
 from goodfit.tabular.prepare import prepare

@@ -406,7 +406,7 @@ def test_ctrl_c_before_the_first_epoch_leaves_nothing_and_says_so(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("goodfit.stepping.Stepping.over", interrupted)
+    monkeypatch.setattr("goodfit.fitting.stepping.Stepping.over", interrupted)
     code, out, err = goodfit("fit", write("churn.csv", rows()), "--target", "churn", "--out", "run", *FAST)
     assert (code, out, err.splitlines()[-1]) == (
         130,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from goodfit import GoodfitError
-from goodfit.data import Batches, batches_of, peek, to_device
+from goodfit.fitting.data import Batches, batches_of, peek, to_device
 
 X, Y = torch.arange(20.0).view(10, 2), torch.arange(10)
 

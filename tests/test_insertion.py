@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import goodfit as gf
 from goodfit import BatchNorm, Dropout, GoodfitError, Run
-from goodfit.data import mapped
+from goodfit.fitting.data import mapped
 from goodfit.layers.dropout import SeededDropout
 from goodfit.noise import Clock
 from goodfit.surgery.running import call_model

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 
 import goodfit as gf
 from goodfit import BatchNorm, Cocktail, Dropout, EarlyStopping, GoodfitError, GoodfitWarning, Run, fit
-from goodfit.data import batches_of, uncounted
-from goodfit.loop import evaluate, mean_and_stderr
+from goodfit.fitting.data import batches_of, uncounted
+from goodfit.fitting.loop import evaluate, mean_and_stderr
 from goodfit.losses import loss_of, rowwise
 from goodfit.order import Order
 from goodfit.stop import Budget, Divergence, Evidence, Patience, Reason

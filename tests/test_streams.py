@@ -14,7 +14,7 @@ from pyarrow import parquet
 from torch import nn
 
 import goodfit as gf
-from goodfit.data import batches_of
+from goodfit.fitting.data import batches_of
 from test_resume import Killed, ended, same
 
 ROWS = 500

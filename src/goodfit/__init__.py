@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from goodfit.batchnorms.variance_shift import VarianceShift as VarianceShift, variance_shift as variance_shift
     from goodfit.checkpoints.checkpoints import Checkpoints as Checkpoints
     from goodfit.cocktail import Cocktail as Cocktail, parse as parse
-    from goodfit.compute import Compute as Compute
     from goodfit.errors import GoodfitError as GoodfitError, GoodfitWarning as GoodfitWarning
     from goodfit.explanation import Explanation as Explanation, explain as explain
-    from goodfit.fitting import Fit as Fit, fit as fit
+    from goodfit.fitting.compute import Compute as Compute
+    from goodfit.fitting.fit import Fit as Fit, fit as fit
+    from goodfit.fitting.small_batches import merge_last as merge_last
     from goodfit.folding.fold import fold_batchnorm as fold_batchnorm
     from goodfit.paths.path import path as path
     from goodfit.paths.result import Path as Path
@@ -75,7 +76,6 @@ if TYPE_CHECKING:
     from goodfit.sampling.predict import mc_predict as mc_predict
     from goodfit.sampling.prediction import Prediction as Prediction
     from goodfit.shrinking.shrink import shrink as shrink
-    from goodfit.small_batches import merge_last as merge_last
     from goodfit.stack.stack import Stack as Stack
     from goodfit.streams.parquet import Parquet as Parquet
 
@@ -85,10 +85,10 @@ _MODULES = ("convert", "factors", "groups", "hyper", "logs", "phases", "schedule
 _NAMES = {
     "Checkpoints": "checkpoints.checkpoints",
     "Cocktail": "cocktail",
-    "Compute": "compute",
+    "Compute": "fitting.compute",
     "Converted": "batchnorms.convert",
     "Explanation": "explanation",
-    "Fit": "fitting",
+    "Fit": "fitting.fit",
     "GoodfitError": "errors",
     "GoodfitWarning": "errors",
     "Parquet": "streams.parquet",
@@ -99,9 +99,9 @@ _NAMES = {
     "VarianceShift": "batchnorms.variance_shift",
     "convert_batchnorm": "batchnorms.convert",
     "explain": "explanation",
-    "fit": "fitting",
+    "fit": "fitting.fit",
     "freeze_batchnorm": "batchnorms.freeze",
-    "merge_last": "small_batches",
+    "merge_last": "fitting.small_batches",
     "fold_batchnorm": "folding.fold",
     "mc_dropout": "sampling.dropping",
     "mc_predict": "sampling.predict",

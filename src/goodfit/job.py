@@ -13,11 +13,11 @@ from goodfit.checkpoints.processes import on_first
 from goodfit.cocktail import Cocktail, parse
 from goodfit.defaults import DEPTH, WIDTH
 from goodfit.errors import GoodfitError
-from goodfit.fitting import Fit, fit
+from goodfit.fitting.fit import Fit, fit
+from goodfit.fitting.preparation import refuse_maximizing
 from goodfit.launch import own
 from goodfit.logs import Logger, logger_at
 from goodfit.losses import loss_of
-from goodfit.preparation import refuse_maximizing
 from goodfit.processes import OutOfReach, rank
 from goodfit.report.render import render
 from goodfit.results import identity, results, save_test_predictions

@@ -14,7 +14,7 @@ from torch import nn
 
 from goodfit.cocktail import Cocktail
 from goodfit.defaults import DEPTH, WIDTH
-from goodfit.fitting import Fit
+from goodfit.fitting.fit import Fit
 from goodfit.report.evidence import weights_of
 from goodfit.tabular.network import outputs_of
 from goodfit.tabular.prepare import Data

@@ -24,8 +24,8 @@ from goodfit.adapters.host import (
     submodule,
 )
 from goodfit.cocktail import Cocktail
-from goodfit.data import mapped
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.fitting.data import mapped
 from goodfit.phases import Build, Epoch, Finish, Gradient, Regularizer
 
 __all__ = ["Regularization"]

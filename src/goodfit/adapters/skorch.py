@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from goodfit.adapters.host import imported, monitored, refuse_clipping, refuse_second
 from goodfit.cocktail import Cocktail, as_cocktail
-from goodfit.data import peek
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.fitting.data import peek
 from goodfit.hooks import lacking
 from goodfit.phases import Build, Epoch, Finish, Regularizer
 from goodfit.run import Run

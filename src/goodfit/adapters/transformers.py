@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from goodfit.adapters.host import Hosted, imported, monitored, refuse_clipping, refuse_sharded, submodule
 from goodfit.cocktail import Cocktail
-from goodfit.data import mapped
 from goodfit.errors import GoodfitError
+from goodfit.fitting.data import mapped
 from goodfit.phases import Build, Epoch, Regularizer
 from goodfit.tensors import load_tensors, tensors_of
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from goodfit.data import batches_of
 from goodfit.errors import GoodfitError, GoodfitWarning
-from goodfit.loop import evaluate
+from goodfit.fitting.data import batches_of
+from goodfit.fitting.loop import evaluate
 from goodfit.paths.features import features_of, readers
 from goodfit.paths.folds import Pair, held_out, rows_of, whole
 from goodfit.paths.grid import below, climbing, known_range

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from goodfit.data import Batches, batches_of, mapped, to_device
 from goodfit.errors import GoodfitError
+from goodfit.fitting.data import Batches, batches_of, mapped, to_device
 from goodfit.noise import Noise
 
 __all__ = ["Pair", "finite_pair", "folds_of", "held_out", "is_split", "rows_of", "whole"]

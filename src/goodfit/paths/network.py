@@ -14,13 +14,13 @@ from torch import Tensor
 
 from goodfit.batchnorms.present import by_batch
 from goodfit.errors import GoodfitError
-from goodfit.loop import evaluate
+from goodfit.fitting.loop import evaluate
+from goodfit.fitting.preparation import as_reals, optimizer_for
+from goodfit.fitting.small_batches import merged_for_norms
+from goodfit.fitting.stepping import Stepping
 from goodfit.paths.problem import Problem, tensors
-from goodfit.preparation import as_reals, optimizer_for
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
-from goodfit.small_batches import merged_for_norms
-from goodfit.stepping import Stepping
 from goodfit.surgery.running import training as training_mode
 
 __all__ = ["Ascent"]

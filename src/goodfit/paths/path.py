@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from goodfit.data import batches_of, peek, to_device
 from goodfit.errors import GoodfitError
-from goodfit.loop import LossFunction
+from goodfit.fitting.data import batches_of, peek, to_device
+from goodfit.fitting.loop import LossFunction
+from goodfit.fitting.preparation import MakeOptimizer, averaged
 from goodfit.losses import loss_of, task_of
 from goodfit.paths.course import Course
 from goodfit.paths.folds import finite_pair, folds_of, is_split
@@ -19,7 +20,6 @@ from goodfit.paths.linear import is_linear
 from goodfit.paths.problem import Problem, along, template
 from goodfit.paths.result import Path
 from goodfit.phases import Regularizer
-from goodfit.preparation import MakeOptimizer, averaged
 from goodfit.progress import Progress
 from goodfit.regularizers.sparsity import L1
 

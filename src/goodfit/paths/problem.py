@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.errors import GoodfitError
+from goodfit.fitting.loop import LossFunction
+from goodfit.fitting.preparation import MakeOptimizer
 from goodfit.hyper import Hyper, hypers
-from goodfit.loop import LossFunction
 from goodfit.phases import Epoch, Finish, Regularizer, Step
-from goodfit.preparation import MakeOptimizer
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.run import Run
 from goodfit.where import kernels

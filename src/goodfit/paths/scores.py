@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from goodfit.data import mapped, to_device
-from goodfit.loop import LossFunction
+from goodfit.fitting.data import mapped, to_device
+from goodfit.fitting.loop import LossFunction
 from goodfit.surgery.running import call_model, evaluating
 
 __all__ = ["best_of", "one_se_of", "over_folds", "spread"]

@@ -13,31 +13,39 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from goodfit.asked import asked, refuse_different
 from goodfit.batchnorms.present import by_batch
 from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.cocktail import Cocktail
-from goodfit.compute import Compute
-from goodfit.data import peek, to_device
-from goodfit.guard import Guard
+from goodfit.fitting.asked import asked, refuse_different
+from goodfit.fitting.compute import Compute
+from goodfit.fitting.data import peek, to_device
+from goodfit.fitting.guard import Guard
+from goodfit.fitting.learning_rates import MakeScheduler, scheduling
+from goodfit.fitting.loop import LossFunction
+from goodfit.fitting.preparation import (
+    MakeOptimizer,
+    as_reals,
+    averaged,
+    optimizer_for,
+    refuse_beside,
+    refuse_maximizing,
+    steps_of,
+)
+from goodfit.fitting.rollback import back_to_best, refuse_rollback
+from goodfit.fitting.small_batches import merged_for_norms, refuse_single_values
+from goodfit.fitting.stepping import Stepping
+from goodfit.fitting.training import Training
 from goodfit.interrupts import Interrupts
 from goodfit.layers.synchronized import SyncBatchNorm
-from goodfit.learning_rates import MakeScheduler, scheduling
 from goodfit.logs import Told
-from goodfit.loop import LossFunction
 from goodfit.losses import loss_of, rowwise, task_of
 from goodfit.noise import Noise
-from goodfit.preparation import MakeOptimizer, as_reals, averaged, optimizer_for, refuse_beside, refuse_maximizing, steps_of
 from goodfit.processes import most, rank, world
 from goodfit.progress import Progress
 from goodfit.regularizers.batchnorm import BatchNorm
-from goodfit.rollback import back_to_best, refuse_rollback
 from goodfit.run import Run
 from goodfit.schedules.schedule import Schedule
-from goodfit.small_batches import merged_for_norms, refuse_single_values
-from goodfit.stepping import Stepping
 from goodfit.surgery.running import training as training_mode
-from goodfit.training import Training
 
 __all__ = ["Recipe"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from goodfit.checkpoints.randomness import Randomness
-from goodfit.data import order_of
 from goodfit.errors import GoodfitError
+from goodfit.fitting.data import order_of
 from goodfit.processes import summed, world
 from goodfit.rows import rows_of
 

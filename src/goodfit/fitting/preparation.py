@@ -15,8 +15,8 @@ from torch.optim import LBFGS, AdamW, Optimizer
 
 from goodfit.cocktail import Cocktail
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.fitting.loop import LossFunction, Prepare
 from goodfit.hooks import lacking
-from goodfit.loop import LossFunction, Prepare
 from goodfit.phases import Batch, Gradient
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.surgery.running import call_model, evaluating

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from goodfit.checkpoints.randomness import Randomness
 from goodfit.cocktail import Cocktail
-from goodfit.data import peek
 from goodfit.errors import GoodfitError
-from goodfit.feed import digest, generators
+from goodfit.fitting.data import peek
+from goodfit.fitting.feed import digest, generators
 from goodfit.processes import gathered, world
 from goodfit.regularizers.early_stopping import EarlyStopping
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from goodfit.batchnorms.present import by_batch
-from goodfit.culprit import culprit
 from goodfit.errors import GoodfitError, GoodfitWarning
+from goodfit.fitting.culprit import culprit
 
 __all__ = ["POLICIES", "Guard", "Nonfinite", "refuse_policy"]
 

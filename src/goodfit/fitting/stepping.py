@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from goodfit.compute import Compute
-from goodfit.data import to_device
 from goodfit.errors import GoodfitError
-from goodfit.feed import in_step
-from goodfit.guard import Guard
-from goodfit.loop import Prepare
+from goodfit.fitting.compute import Compute
+from goodfit.fitting.data import to_device
+from goodfit.fitting.feed import in_step
+from goodfit.fitting.guard import Guard
+from goodfit.fitting.loop import Prepare
 from goodfit.processes import summed, world
 from goodfit.rows import rows_of
 from goodfit.run import Run

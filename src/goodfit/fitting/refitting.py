@@ -20,16 +20,16 @@ from torch.utils.data import (
 )
 
 from goodfit.cocktail import Cocktail
-from goodfit.data import Batches, batches_of, uncounted
 from goodfit.errors import GoodfitError
-from goodfit.guard import Nonfinite
+from goodfit.fitting.data import Batches, batches_of, uncounted
+from goodfit.fitting.guard import Nonfinite
+from goodfit.fitting.training import Training
 from goodfit.interrupts import Interrupts
 from goodfit.order import Order
 from goodfit.phases import Epoch
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping
 from goodfit.rows import joined
-from goodfit.training import Training
 
 __all__ = ["beginning", "joined_data", "refuse_refit", "steps_for", "train_for", "without_stopping"]
 

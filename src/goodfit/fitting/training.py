@@ -9,19 +9,19 @@ from itertools import islice
 from typing import Any
 
 from goodfit.checkpoints.checkpoints import Saving
-from goodfit.data import uncounted
 from goodfit.errors import GoodfitError
-from goodfit.feed import Feed, persistent
-from goodfit.guard import Nonfinite
+from goodfit.fitting.data import uncounted
+from goodfit.fitting.feed import Feed, persistent
+from goodfit.fitting.guard import Nonfinite
+from goodfit.fitting.learning_rates import Scheduling
+from goodfit.fitting.loop import LossFunction, evaluate, mean_and_stderr
+from goodfit.fitting.stepping import Stepping
 from goodfit.interrupts import Interrupts
-from goodfit.learning_rates import Scheduling
 from goodfit.logs import Told
-from goodfit.loop import LossFunction, evaluate, mean_and_stderr
 from goodfit.phases import Finish
 from goodfit.processes import alike, most
 from goodfit.progress import Progress
 from goodfit.regularizers.early_stopping import EarlyStopping
-from goodfit.stepping import Stepping
 from goodfit.stop.criterion import Reason
 from goodfit.stop.gradients import evidence
 from goodfit.tally import Tally

@@ -17,26 +17,26 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.cocktail import Cocktail, as_cocktail
-from goodfit.compute import Compute, as_compute
-from goodfit.data import batches_of
 from goodfit.errors import GoodfitError, GoodfitWarning
-from goodfit.guard import refuse_policy
-from goodfit.learning_rates import MakeScheduler, refuse_scheduler
+from goodfit.fitting.compute import Compute, as_compute
+from goodfit.fitting.data import batches_of
+from goodfit.fitting.guard import refuse_policy
+from goodfit.fitting.learning_rates import MakeScheduler, refuse_scheduler
+from goodfit.fitting.loop import LossFunction
+from goodfit.fitting.preparation import MakeOptimizer, home_of, refuse_file, refuse_numbers
+from goodfit.fitting.recipe import Recipe
+from goodfit.fitting.refitting import beginning, joined_data, refuse_refit, steps_for, train_for, without_stopping
+from goodfit.fitting.rescored import otherwise
+from goodfit.fitting.resuming import as_checkpoints, of_refit, resume
+from goodfit.fitting.training import Training
 from goodfit.logs import Logger
-from goodfit.loop import LossFunction
 from goodfit.phases import Regularizer
-from goodfit.preparation import MakeOptimizer, home_of, refuse_file, refuse_numbers
 from goodfit.processes import alike, rank, refuse_apart, together, world
 from goodfit.progress import Progress
-from goodfit.recipe import Recipe
-from goodfit.refitting import beginning, joined_data, refuse_refit, steps_for, train_for, without_stopping
-from goodfit.rescored import otherwise
-from goodfit.resuming import as_checkpoints, of_refit, resume
 from goodfit.schedules.schedule import Schedule
 from goodfit.stop.criterion import Reason
 from goodfit.surgery.running import training as training_mode
 from goodfit.tensors import put
-from goodfit.training import Training
 
 __all__ = ["Fit", "fit"]
 

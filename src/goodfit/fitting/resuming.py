@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from goodfit.asked import compare, first_targets
 from goodfit.checkpoints.checkpoints import Checkpoints
 from goodfit.checkpoints.processes import OfEach
 from goodfit.checkpoints.randomness import Randomness
 from goodfit.errors import GoodfitError, GoodfitWarning
-from goodfit.feed import generators, persistent
-from goodfit.training import Training
+from goodfit.fitting.asked import compare, first_targets
+from goodfit.fitting.feed import generators, persistent
+from goodfit.fitting.training import Training
 
 __all__ = ["as_checkpoints", "of_refit", "resume"]
 

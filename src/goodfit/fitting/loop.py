@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goodfit.data import to_device
 from goodfit.errors import GoodfitError
+from goodfit.fitting.data import to_device
 from goodfit.processes import rank, summed, world
 from goodfit.surgery.running import call_model, evaluating
 

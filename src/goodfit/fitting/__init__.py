@@ -1,0 +1,1 @@
+"""`gf.fit`: the training that goodfit does itself, from batches to the best weights."""
