@@ -309,17 +309,23 @@ class Averaged(Ordered):
             return super().evaluate(*args, **kwargs)
 
 
+def near(ours: nn.Module, theirs: nn.Module) -> None:
+    """Equal, but for the rounding of statistics over batches that the host has collated."""
+    for one, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+
+
 def test_what_is_scored_and_kept_is_averaged_and_what_trains_and_is_saved_is_not(tmp_path: Any) -> None:
     model, run, scores = plain(AVERAGED)
     hosted, ours = Model(), regularization(AVERAGED)
     host = train(hosted, ours, folder=tmp_path, kind=Averaged, save_strategy="epoch")
     assert host.state.epoch == len(scores) == STOP
     assert ours.stopped == run.stopped
-    assert same(model, hosted.net)
+    near(model, hosted.net)
     assert host.evaluate()["eval_loss"] == pytest.approx(min(scores))
     hosted = Model()
     train(hosted, regularization(AVERAGED), folder=tmp_path, kind=Averaged, resume=tmp_path / "checkpoint-12")
-    assert same(model, hosted.net)
+    near(model, hosted.net)
     with pytest.raises(gf.GoodfitError, match=r"validate and call run\.epoch within: with run\.view"):
         train(Model(), regularization(AVERAGED), folder=tmp_path)
 

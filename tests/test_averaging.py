@@ -197,6 +197,13 @@ def test_averages_follow_whatever_stands_behind_them() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
 
 
+def test_an_average_is_of_what_slow_weights_leave() -> None:
+    model, run, optimizer = start("SWA(), Lookahead(0.5, k=2)")
+    seen: list[Tensor] = []
+    steps(run, optimizer, 6, lambda: seen.append(model[0].weight.detach().clone()))
+    torch.testing.assert_close(run.finish()[0].weight.detach(), torch.stack(seen).mean(0))
+
+
 @pytest.mark.parametrize("cocktail", ["EMA(0.9)", "SWA()", "Lookahead(0.5, k=4)"])
 def test_what_follows_the_weights_goes_back_with_them(cocktail: str) -> None:
     model, run, optimizer = start(f"{cocktail}, EarlyStopping(9, nonfinite='rollback')")

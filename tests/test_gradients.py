@@ -345,3 +345,32 @@ def test_class_weights_beside_probabilities_are_told() -> None:
         found = gf.fit(copy.deepcopy(first), (X.float(), y), (X.float(), y), mix, **options)
         losses.append(found.history[0]["train_loss"])
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("one", ["SAM(1e-9)", "FGSM(1e-9)"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_losses_of_one_step_are_refused_and_one_that_is_only_looked_at_is_not(one: str, apart: bool) -> None:
+    model = net()
+    run = gf.Run(one, model, task="numbers")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    first = run.loss(X[:6], Y[:6])
+    with torch.no_grad():
+        run.loss(X[6:], Y[6:])
+    second = run.loss(X[6:], Y[6:])
+    first.backward()
+    if not apart:
+        (second * 1).backward()
+        with pytest.raises(GoodfitError, match="seen: 2"):
+            run.gradient(optimizer)
+        return
+    run.gradient(optimizer)
+    expected = dict(
+        zip(
+            dict(model.named_parameters()),
+            torch.autograd.grad(F.mse_loss(model(X[:6])[:, 0], Y[:6]), list(model.parameters())),
+            strict=True,
+        )
+    )
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-6, atol=1e-8)

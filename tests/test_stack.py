@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -678,3 +679,97 @@ def test_structures_are_computed_at_once(mix: str) -> None:
     assert stack.stopped == {}
     again = gf.Stack([mix] * 3, [net(k, 8, 8, 8, 8) for k in range(3)], task="classes", example=X[:8])
     assert len(again._parts.all) == 1
+
+
+class Shared(nn.Module):
+    """One buffer by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net(1)
+        self.register_buffer("a", torch.zeros(6, dtype=torch.float64))
+        self.register_buffer("c", self.a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.a.add_(0.1 * x.mean(0) + 0.1)
+        return self.body(x + self.c)
+
+
+class Tied(nn.Module):
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6).double() for _ in range(3))
+        for layer in (self.a, self.b, self.c):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.c.bias = getattr(self, other).bias
+        self.last = nn.Linear(6, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.c(self.b(self.a(x).relu())).tanh())
+
+
+class Activated(nn.Module):
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act, self.first, self.last = act, net(1, 8)[0], nn.Linear(8, 3).double()
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize("together", [None, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [Shared(), Shared()],
+        lambda: [Tied("a"), Tied("b")],
+        lambda: [Activated(partial(F.leaky_relu, negative_slope=s)) for s in (0.01, 0.5)],
+        lambda: [Activated({"f": f}.get("f")) for f in (torch.tanh, F.relu)],
+    ],
+    ids=["a buffer of two names", "tied otherwise", "partial", "functions"],
+)
+@pytest.mark.filterwarnings("ignore:[12] members are trained")
+def test_what_only_training_would_show_is_seen(make: Any, together: Any) -> None:
+    torch.manual_seed(0)
+    models = make()
+    solo = copy.deepcopy(models)
+    stack = gf.Stack(["L2(1e-3)", "L2(1e-2)"], models, task="classes", example=X[:8], lr=1e-2, together=together)
+    found = trained(stack, range(4)).finish()
+    for k, mix in enumerate(("L2(1e-3)", "L2(1e-2)")):
+        assert far(found[k], alone(mix, solo[k], epochs=4)) < 1e-9
+
+
+def test_loops_that_are_right_are_not_refused() -> None:
+    def start() -> gf.Stack:
+        return gf.Stack(["SAM(0.1)", "SAM(0.2)"], [net(0), net(1)], task="classes", example=X[:8], lr=1e-2)
+
+    stack, others = start(), [net(0), net(1)]
+    for i, (x, y) in enumerate(TRAIN):
+        loss = stack.loss(*stack.batch(x, y))
+        stack.zero_grad()
+        if i == 1:
+            continue  # a step that is left out before its backward
+        loss.sum().backward()
+        if i == 2:
+            stack.zero_grad()
+            continue  # and behind it
+        stack.gradient()
+        stack.move()
+        stack.step()
+        with torch.no_grad():
+            stack.loss(x, y)
+        with stack.view():
+            stack.epoch(stack.score(VALID))
+    for k, model in enumerate(others):
+        run = gf.Run(f"SAM({0.1 * (k + 1)})", model, task="classes", example=X[:8])
+        go_on(run, adamw(model.parameters(), 1e-2), range(1), data=[TRAIN[0], TRAIN[3]])
+        assert far(stack.models[k], model) < 1e-9
+
+
+def test_autocast_is_refused_where_it_would_be_left_out() -> None:
+    stack = gf.Stack(["L2(0.1)"] * 2, [net(0).float(), net(1).float()], task="classes", example=X[:8].float())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(GoodfitError, match="computes in the precision of its weights"):
+        stack.loss(X.float(), Y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,20 +17,37 @@ from goodfit.errors import GoodfitError
 __all__ = ["StepBatches", "uphill", "watched"]
 
 
+@dataclass(eq=False)
+class _Batch:
+    """One batch of a step. done: whether a backward pass has come to its loss, so that it is in the gradients."""
+
+    precise: Callable[[], AbstractContextManager[Any]]
+    x: Any
+    y: Any
+    through: Any
+    done: bool = False
+
+    def mark(self, gradient: Tensor) -> None:
+        self.done = True
+
+
 class StepBatches:
     """The batches of a step, with the precision that each was computed in."""
 
     def __init__(self) -> None:
-        self._held: list[tuple[Any, ...]] = []
+        self._held: list[_Batch] = []
 
     def __len__(self) -> int:
-        return len(self._held)
+        return sum(one.done for one in self._held)
 
-    def note(self, model: nn.Module, x: Any, *others: Any) -> None:
-        """One more; where there is no gradient, the step of those before it was not taken."""
-        if self._held and all(p.grad is None for p in model.parameters()):
+    def note(self, model: nn.Module, loss: Tensor, x: Any, y: Any, through: Any) -> None:
+        """One more; where those before it are done and there is no gradient, their step was not taken."""
+        if not loss.requires_grad:
+            return
+        if self._held and all(one.done for one in self._held) and all(p.grad is None for p in model.parameters()):
             self._held.clear()
-        self._held.append((_precision(x), x, *others))
+        self._held.append(_Batch(_precision(x), x, y, through))
+        loss.register_hook(self._held[-1].mark)  # type: ignore[no-untyped-call]
 
     def forget(self) -> None:
         """A step begins."""
@@ -37,14 +55,14 @@ class StepBatches:
 
     def again(self, loss: Callable[..., Tensor], epsilon: Any = None) -> None:
         """Backward of the one batch once more, at inputs moved by epsilon where it is given."""
-        precise, x, y, through = first = self._held[0]
-        if any(isinstance(t, Tensor) and t.grad_fn is not None for t in tree_flatten(x)[0]):
+        first = next(one for one in self._held if one.done)
+        if any(isinstance(t, Tensor) and t.grad_fn is not None for t in tree_flatten(first.x)[0]):
             raise GoodfitError(
                 "A second gradient runs backward once more, and x carries a graph of its own; put what computes it into the "
                 "model, or hand over x.detach()."
             )
-        with precise():
-            again = loss(x if epsilon is None else uphill(x, epsilon), y, through=through)
+        with first.precise():
+            again = loss(first.x if epsilon is None else uphill(first.x, epsilon), first.y, through=first.through)
         torch.autograd.backward(again)
         self._held[:] = [first]
 

@@ -93,7 +93,7 @@ class Beside:
         live = self._live.get(id(optimizer), {})
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         held = self._names(optimizer)
-        for key, one in sorted(self.plan.of(Step), key=lambda item: item[1].watches):
+        for key, one in sorted(self.plan.of(Step), key=lambda item: (item[1].watches, getattr(item[1], "averages", False))):
             if one.moment not in moments:
                 continue
             there = held if one.watches else live

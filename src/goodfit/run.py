@@ -108,7 +108,7 @@ class Run:
             loss = one.loss(loss, outputs, y)
         self._seen.add("loss")
         if self.model.training:
-            self._micro.note(self.model, x, y, through)
+            self._micro.note(self.model, loss, x, y, through)
         return loss
 
     def gradient(self, optimizer: Optimizer) -> None:

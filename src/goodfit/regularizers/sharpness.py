@@ -21,7 +21,8 @@ class SAM(Gradient):
 
     Formula: g ← ∇J(w + ε) with ε = rho · g / ‖g‖; where adaptive, ε = rho · w² · g / ‖ |w| · g ‖.
     Phase: Gradient; gradients of any shape → the same shapes. J is the loss of the same batch, with the same noise, and the
-        penalties. It asks for a second gradient, so a step takes twice the time; batch norm statistics are those of the first.
+        penalties. It asks for a second gradient, of what run.loss or the closure gives and of nothing that is added to it, so a
+        step takes twice the time; batch norm statistics are those of the first.
     Numbers: rho, how far uphill, in units of the weights (adaptive: of each weight's own size), >= 0, off at 0.
     Errors: rho < 0; another Gradient regularizer before it; a loop without run.loss and without a closure.
     Source: Foret et al. 2021, Sharpness-aware minimization for efficiently improving generalization, arXiv 2010.01412, rho of
@@ -53,8 +54,8 @@ class FGSM(Gradient):
 
     Formula: g ← (1 − share) · g + share · ∇J(x + epsilon · sign ∂J/∂x).
     Phase: Gradient; gradients of any shape → the same shapes; floating leaves of x move, each number by epsilon, as the batch
-        regularizers have left them. It asks for a second gradient, so a step takes twice the time; batch norm statistics are
-        those of the clean inputs.
+        regularizers have left them. It asks for a second gradient, of what run.loss gives and of nothing that is added to it,
+        so a step takes twice the time; batch norm statistics are those of the clean inputs.
     Numbers: epsilon, in units of the inputs (of their standard deviations where they are standardized), >= 0, off at 0. share,
         the weight of the moved inputs, in [0, 1].
     Errors: epsilon < 0; another Gradient regularizer before it; inputs without floating point; a loop without run.loss.

@@ -110,7 +110,7 @@ class Acting:
 
     def _move(self, live: Mapping[str, Tensor], optimizer: Optimizer, *moments: str) -> None:
         trained = {n: w for n, w in self.members.weights.items() if w.requires_grad}
-        for slot in sorted(self.of(Step), key=lambda slot: slot.one.watches):
+        for slot in sorted(self.of(Step), key=lambda slot: (slot.one.watches, getattr(slot.one, "averages", False))):
             if slot.one.moment not in moments:
                 continue
             there = trained if slot.one.watches else live

@@ -23,7 +23,7 @@ class Apart:
         self.runs, self.lrs = list(runs), list(lrs)
         trained = [[p for p in run.model.parameters() if p.requires_grad] for run in runs]
         self.optimizers = [make(p) if make else plain_optimizer(p, lr) for p, lr in zip(trained, lrs, strict=True)]
-        self._given = make is not None
+        self._given, self._began = make is not None, False
 
     def batch(self, x: Any, y: Any, own: bool) -> tuple[Any, Any, bool]:
         """Each run's own batch, in a list."""
@@ -34,9 +34,10 @@ class Apart:
         """The losses of one batch, in train mode."""
         losses = []
         for i, run in enumerate(self.runs):
-            if not run.model.training:
-                run.model.train()
+            if not self._began or not run.model.training:
+                run.model.train()  # a model may say in it what rests
             losses.append(run.loss(*_of(i, x, y, own, own_y)))
+        self._began = True
         return torch.stack(losses)
 
     def outputs(self, x: Any) -> Any:
@@ -46,6 +47,10 @@ class Apart:
             with evaluating(run.model), torch.no_grad():
                 each.append(call_model(run.model, x))
         return tree_map(lambda *t: torch.stack(t), *each)
+
+    def weights(self) -> list[Tensor]:
+        """Those that are trained, of all members."""
+        return [p for run in self.runs for p in run.model.parameters()]
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

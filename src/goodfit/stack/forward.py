@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map
 
 from goodfit.chain.plan import chain_of
+from goodfit.errors import GoodfitError
 from goodfit.losses import loss_of
 from goodfit.noise import Clock, Noisy
 from goodfit.stack.members import Members
@@ -38,6 +39,11 @@ class Forward:
 
     def __call__(self, x: Any, own: bool, training: bool) -> Any:
         """Outputs of all members, (K, ...); own: whether each member has its own x."""
+        device = next(iter(self.members.weights.values())).device.type if self.members.weights else "cpu"
+        if torch.is_autocast_enabled(device):
+            raise GoodfitError(
+                "A stack computes in the precision of its weights, got autocast: make models bfloat16, or say together=False."
+            )
         self.template.train(training)
         chain = self._chains[training]
         if chain is not None and isinstance(x, Tensor):
@@ -70,8 +76,8 @@ def losses_of(loss: Callable[[Any, Tensor], Tensor], outputs: Any, y: Any, own: 
         if loss is loss_of("classes") and y.is_floating_point() and len(each) == 2 and target == each and each[1] > 1:
             y = (y if own else y.expand(members, *target)).to(outputs.dtype)
             return F.cross_entropy(outputs.mT, y.mT, reduction="none").mean(1)
-        if loss in _SQUARED and y.is_floating_point() and target == each:
-            return (outputs - y.to(outputs.dtype)).square().flatten(1).mean(1)
+        if loss in _SQUARED and y.dtype == outputs.dtype and target == each:
+            return (outputs - y).square().reshape(members, -1).mean(1)
     try:
         return vmap(loss, in_dims=(0, 0 if own else None), randomness="different")(outputs, y)
     except RuntimeError:

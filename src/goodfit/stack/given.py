@@ -62,7 +62,7 @@ def seeds_of(given: Any, count: int) -> list[int]:
 
 def scores_of(given: Any, members: int, name: str) -> list[float] | None:
     """One number for each member that goes on."""
-    if given is None:
+    if given is None and name != "score":
         return None
     told = given.tolist() if isinstance(given, torch.Tensor) else given
     if not isinstance(told, list | tuple) or len(told) != members:
@@ -70,7 +70,9 @@ def scores_of(given: Any, members: int, name: str) -> list[float] | None:
     return [float(score_of(one, f"stack.epoch: each {name}")) for one in told]
 
 
-def refuse_members(mixes: Sequence[Any], models: Sequence[Any], optimizer: Any, lr: Any, example: Any) -> None:
+def refuse_members(
+    mixes: Sequence[Any], models: Sequence[Any], optimizer: Any, lr: Any, example: Any, loss: Any, memory: Any
+) -> None:
     """Refuse members that make no stack."""
     if not mixes or len(mixes) != len(models):
         raise GoodfitError(f"Stack takes as many models as cocktails, one or more, got {len(models)} and {len(mixes)}.")
@@ -85,5 +87,9 @@ def refuse_members(mixes: Sequence[Any], models: Sequence[Any], optimizer: Any, 
         raise GoodfitError("Stack needs an example batch, example=x, on which the models are built and compared.")
     if optimizer is not None and lr != 1e-3:
         raise GoodfitError("Stack takes lr= for AdamW, or optimizer=, which has its own; leave one out.")
+    if loss is not None and not callable(loss):
+        raise GoodfitError(f"Stack takes loss as a function of outputs and y, got loss={loss!r:.60}; a task has the usual one.")
+    if memory is not None and not (isinstance(memory, int | float) and memory > 0):
+        raise GoodfitError(f"Stack takes memory as bytes > 0, got memory={memory!r:.60}.")
     if world() > 1:
         raise GoodfitError("A stack trains in one process, got several; give each process a stack of its own.")

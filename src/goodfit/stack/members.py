@@ -48,24 +48,25 @@ class Members:
         for i, model in enumerate(self.models):
             for name, p in model.named_parameters():
                 p.data = self.weights[name].data[i]
+            views = {name: t[i] for name, t in self.buffers.items()}
             for name, home, leaf in _buffers(model):
-                home._buffers[leaf] = self.buffers[name][i]
+                home._buffers[leaf] = views[name]
 
 
 def release(model: nn.Module) -> None:
     """Give a model tensors of its own in the place of views."""
     for p in model.parameters():
         p.data = p.data.clone()
-    for _, home, leaf in _buffers(model):
-        buffer = home._buffers[leaf]
-        assert buffer is not None
-        home._buffers[leaf] = buffer.clone()
+    own = {name: t.clone() for name, t in model.named_buffers()}
+    for name, home, leaf in _buffers(model):
+        home._buffers[leaf] = own[name]
 
 
 def _buffers(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Each buffer by its name, with the module that holds it, and its name there."""
+    """Each place of a buffer: the first name of the tensor that it holds, the module, and the name there."""
+    first = {id(t): name for name, t in reversed(list(model.named_buffers(remove_duplicate=False)))}
     found = []
-    for name, _ in model.named_buffers():
+    for name, t in model.named_buffers(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
-        found.append((name, model.get_submodule(path), leaf))
+        found.append((first[id(t)], model.get_submodule(path), leaf))
     return found

@@ -29,9 +29,16 @@ class Parts:
         """The part of a member, None where it does not go on."""
         return next((part for part in self.all if k in part.members), None)
 
+    @property
+    def gradients(self) -> bool:
+        """Whether any weight has one."""
+        return any(p.grad is not None for part in self.all for p in part.work.weights())
+
     def batch(self, x: Any, y: Any, own: bool) -> tuple[Each, Each]:
         """Batch regularizers on one batch."""
         self._refuse_none()
+        if not len(y):
+            raise GoodfitError("stack.batch takes a batch of one row or more, got none.")
         if own and len(y) != len(self.members):
             raise GoodfitError(
                 f"stack.batch(own=True) takes one batch for each of the {len(self.members)} members, got {len(y)}."

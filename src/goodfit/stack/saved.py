@@ -78,7 +78,8 @@ def optimizer_state(part: Part, i: int) -> OfWeights:
     work = part.work
     if isinstance(work, Apart):
         named = dict(work.runs[i].model.named_parameters())
-        return {n: _tensors(work.optimizers[i].state.get(p, {})) for n, p in named.items()}
+        states = {n: _tensors(work.optimizers[i].state.get(p, {})) for n, p in named.items()}
+        return {n: {k: t.clone() for k, t in state.items()} for n, state in states.items()}
     found = {}
     for n, w in work.members.weights.items():
         held = _tensors(work.optimizer.state.get(w, {}))

@@ -67,7 +67,7 @@ class Stack:
     ) -> None:
         mixes = [as_cocktail(one) for one in cocktails]
         made = [models() for _ in mixes] if callable(models) and not isinstance(models, nn.Module) else list(models)  # type: ignore[arg-type]
-        refuse_members(mixes, made, optimizer, lr, example)
+        refuse_members(mixes, made, optimizer, lr, example, loss, memory)
         self.models, self.stopped = made, dict[int, str]()
         each, self._lrs = seeds_of(seeds, len(made)), rates_of(lr, len(made))
         self._measure, self._make = loss if loss is not None else loss_of(task or ""), optimizer
@@ -93,8 +93,8 @@ class Stack:
     def loss(self, x: Any, y: Any) -> Tensor:
         """The loss of each member that goes on, (K,), without penalties; call `.sum().backward()` on it."""
         xs, ys = self._parts.given(x, y)
-        self._calls.make("loss")
-        return self._parts.joined([self._parts.loss(i, xs, ys) for i in range(len(self._parts.all))])
+        with self._calls.making("loss"):
+            return self._parts.joined([self._parts.loss(i, xs, ys) for i in range(len(self._parts.all))])
 
     def zero_grad(self) -> None:
         """No gradients, for all members."""
@@ -104,31 +104,31 @@ class Stack:
 
     def gradient(self) -> None:
         """Penalties and Gradient regularizers, then decoupled decay: between backward and the step."""
-        self._calls.make("gradient")
-        for part in self._parts.all:
-            part.work.before_step()
+        with self._calls.making("gradient"):
+            for part in self._parts.all:
+                part.work.before_step()
 
     def move(self) -> None:
         """The optimizer's step of all members."""
-        self._calls.make("move")
-        for part in self._parts.all:
-            part.work.move()
+        with self._calls.making("move"):
+            for part in self._parts.all:
+                part.work.move()
 
     def step(self) -> None:
         """Proximal and other steps, behind the optimizer's; then time passes."""
-        self._calls.make("step")
-        for part in self._parts.all:
-            part.work.after_step()
+        with self._calls.making("step"):
+            for part in self._parts.all:
+                part.work.after_step()
 
     def learn(self, x: Any, y: Any, *, own: bool = False) -> Tensor:
         """All calls of one step: batch, loss, backward, gradient, move, step. The losses, as they were before it."""
         xs, ys = self.batch(x, y, own=own)
         self.zero_grad()
-        self._calls.make("loss")
         found = []
-        for i in range(len(self._parts.all)):  # one backward at a time, so that one part is in memory
-            found.append(self._parts.loss(i, xs, ys))
-            torch.autograd.backward(found[-1].sum())
+        with self._calls.making("loss"):
+            for i in range(len(self._parts.all)):  # one backward at a time, so that one part is in memory
+                found.append(self._parts.loss(i, xs, ys))
+                torch.autograd.backward(found[-1].sum())
         losses = self._parts.joined(found)
         self.gradient()
         self.move()
@@ -154,7 +154,7 @@ class Stack:
     @contextmanager
     def view(self, batches: Any = None) -> Iterator[None]:
         """The models as a training gives them, to be scored within: averaged ones, with statistics of `batches`."""
-        self._calls.between("stack.view")
+        self._calls.between("stack.view", self._parts.gradients)
         self._parts.hand_over()
         failed: dict[int, GoodfitError] = {}
         with ExitStack() as within:
@@ -171,7 +171,7 @@ class Stack:
 
     def epoch(self, scores: Any, *, train_loss: Any = None, stderr: Any = None, evidence: Any = None) -> bool:
         """Tell the validation score of each member that goes on; whether any still does. Those that stop leave."""
-        self._calls.between("stack.epoch")
+        self._calls.between("stack.epoch", self._parts.gradients)
         given = {"score": scores, "train_loss": train_loss, "stderr": stderr, "evidence": evidence}
         told = {name: scores_of(one, len(self.members), name) for name, one in given.items()}
         own = [{name: one[i] for name, one in told.items() if one is not None} for i in range(len(self.members))]
@@ -185,9 +185,10 @@ class Stack:
         self._parts.leave([k for k in self.members if k in self.stopped])
         return bool(self.members)
 
-    def stop(self, members: Iterable[int]) -> None:
+    def stop(self, members: Iterable[int] | int) -> None:
         """Let these members leave, as losers of a search do: they are finished with what they have."""
-        self._leave(list(members), "stopped by stack.stop", "stack.stop")
+        chosen = [members] if isinstance(members, int) else list(members)
+        self._leave(chosen, "stopped by stack.stop", "stack.stop")
 
     def finish(self, batches: Any = None) -> list[nn.Module]:
         """The models to keep, all K: averages, then the best that was scored, in place."""
@@ -210,20 +211,20 @@ class Stack:
         part = self._parts.of(k)
         if part is None:
             raise GoodfitError(f"Member {k} does not go on in this stack; those that do: {listed(map(str, self.members))}.")
-        self._calls.between("stack.alone")
+        self._calls.between("stack.alone", self._parts.gradients)
         made = optimizer_alone(part, k, self._make, self._lrs[k])
         self._leave([k], "goes on alone", "stack.alone")
         return self.runs[k], made()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that must be remembered between two steps, weights included; `load_state_dict` takes it back."""
-        self._calls.between("stack.state_dict")
+        self._calls.between("stack.state_dict", self._parts.gradients)
         self._parts.hand_over()
         return stack_state(self.runs, self._parts.all, about(self._make, self._lrs))
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Go on where `state_dict` was taken, in a stack of the same cocktails, optimizer and models of the same kinds."""
-        self._calls.between("stack.load_state_dict")
+        self._calls.between("stack.load_state_dict", self._parts.gradients)
         going = going_in(saved, self.runs, self.members, about(self._make, self._lrs))
         self._leave([k for k in self.members if k not in going], "had left when it was saved", "stack.load_state_dict")
         load_stack(self.runs, self._parts.all, saved)
@@ -237,7 +238,7 @@ class Stack:
         raise GoodfitError("A stack cannot be copied: make another, and let it load_state_dict what state_dict gives.")
 
     def _leave(self, members: Sequence[int], why: str, call: str) -> None:
-        self._calls.between(call)
+        self._calls.between(call, self._parts.gradients)
         unknown = [k for k in members if k not in self.members]
         if unknown:
             raise GoodfitError(

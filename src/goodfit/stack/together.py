@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,20 @@ from goodfit.stack.slots import Slot, slots_of
 __all__ = ["Together"]
 
 
+@dataclass(eq=False)
+class _Batch:
+    """A batch of a step. done: whether a backward pass has come to its losses, so that it is in the gradients."""
+
+    x: Any
+    y: Any
+    own: bool
+    own_y: bool
+    done: bool = False
+
+    def mark(self, gradient: Tensor) -> None:
+        self.done = True
+
+
 class Together:
     """Runs of one kind, whose models lie in one set of tensors. What acts at each step is lifted; checks are each run's own."""
 
@@ -38,7 +53,7 @@ class Together:
         self.optimizer: Any = None
         self._acting = Acting(self.members, self.clock, self._redo)
         self._lrs: list[Rate] | None = None
-        self._micro: list[tuple[Any, Any, bool, bool]] = []
+        self._micro: list[_Batch] = []
         self._batches = (-1, 0)
         self._settle()
 
@@ -76,7 +91,10 @@ class Together:
                 x, own = tree_map(lambda t: t.expand(len(self.runs), *t.shape).clone(), x), True
             x = watched(x)
         losses = self._losses(x, y, own, own_y)
-        self._micro.append((x, y, own, own_y))
+        if losses.requires_grad:
+            batch = _Batch(x, y, own, own_y)
+            losses.register_hook(batch.mark)  # type: ignore[no-untyped-call]
+            self._micro.append(batch)
         return losses
 
     @torch.no_grad()
@@ -84,14 +102,20 @@ class Together:
         """What each model gives in eval mode."""
         return self.forward(x, False, False)
 
+    def weights(self) -> list[Tensor]:
+        """Those that are trained, of all members."""
+        return list(self.members.weights.values())
+
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
+        self._micro = [batch for batch in self._micro if not batch.done]
 
     def move(self) -> None:
         self.optimizer.step()
 
     def before_step(self) -> None:
         """Penalties, Gradient regularizers and what comes before the optimizer's step, on the gradients that are there."""
+        self._micro = [batch for batch in self._micro if batch.done]
         twice = next((slot.one for slot in self._acting.of(Gradient) if slot.one.twice), None)
         if twice is not None and len(self._micro) != 1:
             seen, name = len(self._micro), type(twice).__name__
@@ -151,8 +175,9 @@ class Together:
 
     def _redo(self, epsilon: Tensor | None) -> None:
         """The gradients of the step's batch once more, at inputs moved by epsilon where it is given."""
-        x, y, own, own_y = self._micro[0]
-        losses = self._losses(x if epsilon is None else uphill(x, epsilon), y, own, own_y)
+        first = self._micro[0]
+        x = first.x if epsilon is None else uphill(first.x, epsilon)
+        losses = self._losses(x, first.y, first.own, first.own_y)
         torch.autograd.backward(losses.sum())
 
     def _losses(self, x: Any, y: Any, own: bool, own_y: bool) -> Tensor:
