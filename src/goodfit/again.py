@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from goodfit.errors import GoodfitError
@@ -23,8 +23,7 @@ class _Batch:
 
     precise: Callable[[], AbstractContextManager[Any]]
     x: Any
-    y: Any
-    through: Any
+    others: dict[str, Any]
     done: bool = False
 
     def mark(self, gradient: Tensor) -> None:
@@ -32,7 +31,7 @@ class _Batch:
 
 
 class StepBatches:
-    """The batches of a step, with the precision that each was computed in."""
+    """The batches of a step, with the precision that each was computed in; those count that a backward pass has come to."""
 
     def __init__(self) -> None:
         self._held: list[_Batch] = []
@@ -40,14 +39,18 @@ class StepBatches:
     def __len__(self) -> int:
         return sum(one.done for one in self._held)
 
-    def note(self, model: nn.Module, loss: Tensor, x: Any, y: Any, through: Any) -> None:
-        """One more; where those before it are done and there is no gradient, their step was not taken."""
+    def note(self, weights: Iterable[Tensor], loss: Tensor, x: Any, **others: Any) -> None:
+        """One more; where those before it are done and no weight has a gradient, their step was not taken."""
         if not loss.requires_grad:
             return
-        if self._held and all(one.done for one in self._held) and all(p.grad is None for p in model.parameters()):
+        if self._held and all(one.done for one in self._held) and all(w.grad is None for w in weights):
             self._held.clear()
-        self._held.append(_Batch(_precision(x), x, y, through))
+        self._held.append(_Batch(_precision(x), x, others))
         loss.register_hook(self._held[-1].mark)  # type: ignore[no-untyped-call]
+
+    def drop(self) -> None:
+        """The gradients so far are gone."""
+        self._held = [one for one in self._held if not one.done]
 
     def forget(self) -> None:
         """A step begins."""
@@ -62,8 +65,8 @@ class StepBatches:
                 "model, or hand over x.detach()."
             )
         with first.precise():
-            again = loss(first.x if epsilon is None else uphill(first.x, epsilon), first.y, through=first.through)
-        torch.autograd.backward(again)
+            again = loss(first.x if epsilon is None else uphill(first.x, epsilon), **first.others)
+        torch.autograd.backward(again.sum())
         self._held[:] = [first]
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from goodfit.errors import GoodfitError
 from goodfit.hyper import plain
 
-__all__ = ["loss_of", "rowwise", "score_of", "task_of"]
+__all__ = ["loss_of", "refuse_whole", "rowwise", "score_of", "task_of"]
 
 
 def loss_of(task: str) -> Callable[[Any, Tensor], Tensor]:
@@ -29,6 +29,15 @@ def loss_of(task: str) -> Callable[[Any, Tensor], Tensor]:
 def task_of(y: Tensor) -> str:
     """The task that targets speak of: integers are classes, reals are numbers."""
     return "numbers" if y.is_floating_point() else "classes"
+
+
+def refuse_whole(y: Tensor, who: str) -> None:
+    """Refuse targets that cannot be mixed: classes by their numbers."""
+    if not y.is_floating_point():
+        raise GoodfitError(
+            f"{who} needs y as probabilities or reals, got {y.dtype} of shape {tuple(y.shape)}; for classes: "
+            "y = torch.nn.functional.one_hot(y, n_classes).to(x.dtype)."
+        )
 
 
 def rowwise(loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor] | None:

@@ -28,7 +28,7 @@ from goodfit.checks import Checks
 from goodfit.cocktail import Cocktail, as_cocktail
 from goodfit.errors import GoodfitError
 from goodfit.hooks import hook, unwrapped
-from goodfit.losses import loss_of
+from goodfit.losses import loss_of, refuse_whole
 from goodfit.noise import Noise
 from goodfit.phases import Batch, Gradient, Loss, Regularizer, State
 from goodfit.plan import Plan
@@ -81,11 +81,8 @@ class Run:
         self._plan.build_if_waiting(x)
         call = self._micro_batch()
         for key, one in self._plan.of(Batch):
-            if one.mixes and not y.is_floating_point():
-                raise GoodfitError(
-                    f"{type(one).__name__} needs y as probabilities or reals, got {y.dtype} of shape {tuple(y.shape)}; "
-                    "for classes: y = torch.nn.functional.one_hot(y, n_classes).to(x.dtype)."
-                )
+            if one.mixes:
+                refuse_whole(y, type(one).__name__)
             x, y = one.batch(x, y, Noise(self._plan.seed, self._plan.names[key], self._plan.clock.step, call, rank()))
         self._seen.add("batch")
         return x, y
@@ -108,7 +105,7 @@ class Run:
             loss = one.loss(loss, outputs, y)
         self._seen.add("loss")
         if self.model.training:
-            self._micro.note(self.model, loss, x, y, through)
+            self._micro.note(self.model.parameters(), loss, x, y=y, through=through)
         return loss
 
     def gradient(self, optimizer: Optimizer) -> None:

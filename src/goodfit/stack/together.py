@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from goodfit.again import uphill, watched
+from goodfit.again import StepBatches, watched
 from goodfit.errors import GoodfitError
+from goodfit.losses import refuse_whole
 from goodfit.noise import Clock, Noise
 from goodfit.phases import Batch, Build, Gradient, Loss
 from goodfit.run import Run
@@ -24,20 +24,6 @@ from goodfit.stack.optimizers import Rate, kept_state, lr_at
 from goodfit.stack.slots import Slot, slots_of
 
 __all__ = ["Together"]
-
-
-@dataclass(eq=False)
-class _Batch:
-    """A batch of a step. done: whether a backward pass has come to its losses, so that it is in the gradients."""
-
-    x: Any
-    y: Any
-    own: bool
-    own_y: bool
-    done: bool = False
-
-    def mark(self, gradient: Tensor) -> None:
-        self.done = True
 
 
 class Together:
@@ -53,7 +39,7 @@ class Together:
         self.optimizer: Any = None
         self._acting = Acting(self.members, self.clock, self._redo)
         self._lrs: list[Rate] | None = None
-        self._micro: list[_Batch] = []
+        self._micro = StepBatches()
         self._batches = (-1, 0)
         self._settle()
 
@@ -70,11 +56,8 @@ class Together:
         call = self._batches[1] + 1 if self._batches[0] == self.clock.step else 0
         self._batches = (self.clock.step, call)
         for slot in self._acting.of(Batch):
-            if slot.one.mixes and not y.is_floating_point():
-                raise GoodfitError(
-                    f"{type(slot.one).__name__} needs y as probabilities or reals, got {y.dtype} of shape {tuple(y.shape)}; "
-                    "for classes: y = torch.nn.functional.one_hot(y, n_classes).to(x.dtype)."
-                )
+            if slot.one.mixes:
+                refuse_whole(y, type(slot.one).__name__)
 
             def act(one: Any, seed: Tensor, x: Any, y: Tensor, slot: Slot = slot) -> tuple[Any, Tensor]:
                 return one.batch(x, y, Noise(seed, slot.name, self.clock.step, call))
@@ -91,10 +74,7 @@ class Together:
                 x, own = tree_map(lambda t: t.expand(len(self.runs), *t.shape).clone(), x), True
             x = watched(x)
         losses = self._losses(x, y, own, own_y)
-        if losses.requires_grad:
-            batch = _Batch(x, y, own, own_y)
-            losses.register_hook(batch.mark)  # type: ignore[no-untyped-call]
-            self._micro.append(batch)
+        self._micro.note(self.members.weights.values(), losses, x, y=y, own=own, own_y=own_y)
         return losses
 
     @torch.no_grad()
@@ -108,14 +88,13 @@ class Together:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
-        self._micro = [batch for batch in self._micro if not batch.done]
+        self._micro.drop()
 
     def move(self) -> None:
         self.optimizer.step()
 
     def before_step(self) -> None:
         """Penalties, Gradient regularizers and what comes before the optimizer's step, on the gradients that are there."""
-        self._micro = [batch for batch in self._micro if batch.done]
         twice = next((slot.one for slot in self._acting.of(Gradient) if slot.one.twice), None)
         if twice is not None and len(self._micro) != 1:
             seen, name = len(self._micro), type(twice).__name__
@@ -127,7 +106,7 @@ class Together:
         """What comes after the optimizer's step; then time passes."""
         self._acting.after_step(self.optimizer)
         self.clock.step += 1
-        self._micro.clear()
+        self._micro.forget()
         for one, model in self._tuned:
             one.at(self.clock.step).tune(model)
 
@@ -175,10 +154,7 @@ class Together:
 
     def _redo(self, epsilon: Tensor | None) -> None:
         """The gradients of the step's batch once more, at inputs moved by epsilon where it is given."""
-        first = self._micro[0]
-        x = first.x if epsilon is None else uphill(first.x, epsilon)
-        losses = self._losses(x, first.y, first.own, first.own_y)
-        torch.autograd.backward(losses.sum())
+        self._micro.again(self._losses, epsilon)
 
     def _losses(self, x: Any, y: Any, own: bool, own_y: bool) -> Tensor:
         outputs = self.forward(x, own, True)
