@@ -17,7 +17,7 @@ from goodfit.errors import GoodfitError, GoodfitWarning
 from goodfit.hooks import lacking
 from goodfit.noise import Noise
 from goodfit.phases import Again, Gradient, Penalty, State, Step
-from goodfit.plan import Plan
+from goodfit.plan import Plan, turn
 from goodfit.regularizers.shrinkage import L2, L2SP, WeightDecay
 from goodfit.tensors import load_tensors
 
@@ -93,7 +93,7 @@ class Beside:
         live = self._live.get(id(optimizer), {})
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         held = self._names(optimizer)
-        for key, one in sorted(self.plan.of(Step), key=lambda item: (item[1].watches, getattr(item[1], "averages", False))):
+        for key, one in sorted(self.plan.of(Step), key=lambda item: turn(item[1])):
             if one.moment not in moments:
                 continue
             there = held if one.watches else live

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from goodfit.errors import GoodfitError
 
-__all__ = ["Clock", "Noise", "Noisy", "factors", "shared_words"]
+__all__ = ["Clock", "Noise", "Noisy", "factors", "polar", "shared_words"]
 
 _MASK = (1 << 63) - 1
 _ALL = (1 << 64) - 1
@@ -77,9 +77,8 @@ class Noise:
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """Numbers of mean 0 and variance 1, two from each two uniform ones (Box and Muller 1958)."""
         count = math.prod(shape)
-        radius, angle = self.uniform(2, (count + 1) // 2, device=device).to(dtype)
-        length = (-2 * (1 - radius).log()).sqrt()  # 1 minus it is never 0
-        return torch.cat([length * (2 * math.pi * angle).cos(), length * (2 * math.pi * angle).sin()])[:count].reshape(shape)
+        length, angle = polar(self.uniform(2, (count + 1) // 2, device=device).to(dtype))
+        return torch.cat([length * angle.cos(), length * angle.sin()])[:count].reshape(shape)
 
     def part(self, name: str) -> Noise:
         """Other noise for the same moment: of the second thing that one regularizer draws."""
@@ -187,6 +186,11 @@ def shared_words(salt: int, shape: Sequence[int], device: torch.device) -> Tenso
 def factors(seeds: Tensor) -> Tensor:
     """The odd number that each of these seeds multiplies the shared words by, as int32."""
     return torch.tensor([_signed(_factor(int(seed))) for seed in seeds.tolist()], dtype=torch.int32, device=seeds.device)
+
+
+def polar(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Length and angle of points of two normal numbers each, from pairs in [0, 1) on the first axis (Box and Muller 1958)."""
+    return (-2 * (1 - pairs[0]).log()).sqrt(), 2 * math.pi * pairs[1]  # 1 minus it is never 0
 
 
 def _uniform_of(drawn: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from goodfit.surgery.running import seeded
 from goodfit.surgery.snapshot import Snapshot
 from goodfit.tensors import below, matched, tensors_of
 
-__all__ = ["Plan", "occurrences"]
+__all__ = ["Plan", "occurrences", "turn"]
 
 
 class Plan:
@@ -185,6 +185,11 @@ def occurrences(cocktail: Cocktail) -> Iterator[tuple[Regularizer, int]]:
         kind = structure(one)
         yield one, seen[kind]
         seen[kind] += 1
+
+
+def turn(one: Any) -> tuple[bool, bool]:
+    """When a Step regularizer acts among others: what follows the weights last, and averages behind all."""
+    return one.watches, getattr(one, "averages", False)
 
 
 def _refuse_lost(acting: list[Gradient]) -> None:

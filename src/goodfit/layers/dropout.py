@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from goodfit.errors import GoodfitError
 from goodfit.layers.seeded import Seeded
+from goodfit.noise import polar
 
 __all__ = [
     "SeededAlphaDropout",
@@ -96,6 +96,6 @@ class SeededGaussianDropout(SeededLayer):
     """Each element is multiplied by a draw from N(1, p/(1 − p)): mean and variance of dropout, without zeros."""
 
     def noisy(self, x: Tensor) -> Tensor:
-        u = self.draw(torch.Size((2, *x.shape)), x.device)
-        normal = (-2 * (1 - u[0]).log()).sqrt() * (2 * math.pi * u[1]).cos()  # Box and Muller 1958; 1 − u is never 0
+        length, angle = polar(self.draw(torch.Size((2, *x.shape)), x.device))
+        normal = length * angle.cos()
         return (x * (1 + normal * (self.rate / (1 - self.rate)).sqrt())).to(x.dtype)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from goodfit import rates
 from goodfit.noise import Clock, Noise
 from goodfit.phases import Gradient, Penalty, Step
+from goodfit.plan import turn
 from goodfit.stack.adamw import AdamW
 from goodfit.stack.members import Members
 from goodfit.stack.slots import Slot
@@ -110,7 +111,7 @@ class Acting:
 
     def _move(self, live: Mapping[str, Tensor], optimizer: Optimizer, *moments: str) -> None:
         trained = {n: w for n, w in self.members.weights.items() if w.requires_grad}
-        for slot in sorted(self.of(Step), key=lambda slot: (slot.one.watches, getattr(slot.one, "averages", False))):
+        for slot in sorted(self.of(Step), key=lambda slot: turn(slot.one)):
             if slot.one.moment not in moments:
                 continue
             there = trained if slot.one.watches else live
