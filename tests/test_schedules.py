@@ -79,19 +79,26 @@ def test_what_makes_no_sense_is_refused(make: Any, line: str) -> None:
         make()
 
 
-def fitted(folder: Path | None, epochs: int) -> tuple[gf.Fit, list[float]]:
-    torch.manual_seed(0)
-    x = torch.randn(40, 3)
-    seen: list[float] = []
+def noting(seen: list[float]) -> Any:
+    """Makes an optimizer that notes the learning rate of each step."""
 
     def sgd(parameters: Any) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(parameters, lr=0.3)
         optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
         return optimizer
 
+    return sgd
+
+
+def fitted(folder: Path | None, epochs: int) -> tuple[gf.Fit, list[float]]:
+    torch.manual_seed(0)
+    x = torch.randn(40, 3)
+    seen: list[float] = []
+
     schedule = gf.schedules.warmup(gf.schedules.cosine(0.1, 0.0, epochs=3), epochs=1)
     data = ((x[:30], x[:30, 0]), (x[30:], x[30:, 0]))
-    options: dict[str, Any] = {"optimizer": sgd, "scheduler": schedule, "batch_size": 10, "progress": False, "epochs": epochs}
+    options: dict[str, Any] = {"optimizer": noting(seen), "scheduler": schedule, "epochs": epochs}
+    options |= {"batch_size": 10, "progress": False}
     if folder is not None:
         options["checkpoints"] = gf.Checkpoints(folder, every=1)
     return gf.fit(nn.Linear(3, 1), *data, "L2(0.01)", **options), seen
@@ -112,15 +119,10 @@ def test_schedules_in_epochs_count_steps_of_several_batches() -> None:
     x = torch.randn(40, 3)
     seen: list[float] = []
 
-    def sgd(parameters: Any) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(parameters, lr=0.3)
-        optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
-        return optimizer
-
     data = ((x[:30], x[:30, 0]), (x[30:], x[30:, 0]))
     schedule = gf.schedules.linear(0.3, 0.0, epochs=2)
     options: dict[str, Any] = {"compute": gf.Compute(accumulate=2), "batch_size": 10, "progress": False, "epochs": 2}
-    gf.fit(nn.Linear(3, 1), *data, "L2(0.01)", optimizer=sgd, scheduler=schedule, **options)
+    gf.fit(nn.Linear(3, 1), *data, "L2(0.01)", optimizer=noting(seen), scheduler=schedule, **options)
     assert seen == pytest.approx([0.3, 0.225, 0.15, 0.075])
 
 

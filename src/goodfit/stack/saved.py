@@ -28,9 +28,8 @@ def stack_state(runs: Sequence[Run], parts: Sequence[Part], about: str) -> dict[
     members = sorted(k for part in parts for k in part.members)
     state = {"count": torch.tensor(len(runs)), "members": torch.tensor(members, dtype=torch.int64), "about": from_text(about)}
     for k, run in enumerate(runs):
-        state |= under(f"{k}.run.", run.state_dict()) | under(
-            f"{k}.model.", {n: t.clone() for n, t in run.model.state_dict().items()}
-        )
+        weights = {name: t.clone() for name, t in run.model.state_dict().items()}  # a training may go on from here
+        state |= under(f"{k}.run.", run.state_dict()) | under(f"{k}.model.", weights)
     for part in parts:
         for i, k in enumerate(part.members):
             for name, held in optimizer_state(part, i).items():
@@ -38,8 +37,8 @@ def stack_state(runs: Sequence[Run], parts: Sequence[Part], about: str) -> dict[
     return state
 
 
-def going_in(saved: Any, runs: Sequence[Run], members: Sequence[int], about: str) -> set[int]:
-    """The members that go on in a saved state; refuses what no stack like this one has given."""
+def going_in(saved: Any, runs: Sequence[Run], members: Sequence[int], about: str) -> tuple[set[int], list[dict[str, Tensor]]]:
+    """The members that go on in a saved state, and all models; refuses what no stack like this one has given."""
     if not isinstance(saved, Mapping) or not {"count", "members", "about"} <= saved.keys() or int(saved["count"]) != len(runs):
         got = f"one of {int(saved['count'])}" if isinstance(saved, Mapping) and "count" in saved else "something else"
         raise GoodfitError(f"load_state_dict takes what a stack of {len(runs)} members gave, got {got}.")
@@ -49,17 +48,17 @@ def going_in(saved: Any, runs: Sequence[Run], members: Sequence[int], about: str
     if there != about:
         told = f"The state was saved with {there:.200}, and goes on with {about:.200}."
         warnings.warn(told, GoodfitWarning, stacklevel=3)
-    for k, run in enumerate(runs):
-        matched(run.model.state_dict(), below(f"{k}.model.", saved), "model")
+    models = [matched(run.model.state_dict(), below(f"{k}.model.", saved), "model") for k, run in enumerate(runs)]
     going = set(saved["members"].tolist())
     if not going <= set(members):
         raise GoodfitError("The state has members that have left this stack; make the stack anew, then load it.")
-    return going
+    return going, models
 
 
-def load_stack(runs: Sequence[Run], parts: Sequence[Part], saved: Mapping[str, Tensor]) -> None:
-    """Go on where `stack_state` was taken, with the members that went on there."""
-    models = [matched(run.model.state_dict(), below(f"{k}.model.", saved), "model") for k, run in enumerate(runs)]
+def load_stack(
+    runs: Sequence[Run], parts: Sequence[Part], saved: Mapping[str, Tensor], models: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Go on where `stack_state` was taken, with the models and the members that `going_in` found there."""
     for k, (run, tensors) in enumerate(zip(runs, models, strict=True)):
         run.load_state_dict(below(f"{k}.run.", saved))
         load_tensors(run.model, tensors, {})

@@ -30,8 +30,8 @@ class Slot:
     where a member does not have it. state: those of all members, along the first axis.
     """
 
-    def __init__(self, place: Place, runs: Sequence[Run]) -> None:
-        self.keys = [places(run).get(place) for run in runs]
+    def __init__(self, keys: Sequence[str | None], runs: Sequence[Run]) -> None:
+        self.keys = list(keys)
         self.ones = [None if key is None else run._plan.active[key] for run, key in zip(runs, self.keys, strict=True)]
         first = next(i for i, key in enumerate(self.keys) if key is not None)
         key, plan = str(self.keys[first]), runs[first]._plan
@@ -126,9 +126,10 @@ def ordered(sequences: Sequence[Sequence[Place]]) -> list[Place] | None:
 
 def slots_of(runs: Sequence[Run]) -> list[Slot]:
     """All regularizers of these members that act at every step, in an order that agrees with each cocktail."""
-    order = ordered(list({tuple(places(run)): None for run in runs}))
+    found = [places(run) for run in runs]
+    order = ordered(list(dict.fromkeys(map(tuple, found))))
     assert order is not None
-    return [Slot(place, runs) for place in order]
+    return [Slot([one.get(place) for one in found], runs) for place in order]
 
 
 def _stacked(states: Sequence[State]) -> State:

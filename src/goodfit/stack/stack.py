@@ -211,7 +211,6 @@ class Stack:
         part = self._parts.of(k)
         if part is None:
             raise GoodfitError(f"Member {k} does not go on in this stack; those that do: {listed(map(str, self.members))}.")
-        self._calls.between("stack.alone", self._parts.gradients)
         made = optimizer_alone(part, k, self._make, self._lrs[k])
         self._leave([k], "goes on alone", "stack.alone")
         return self.runs[k], made()
@@ -225,9 +224,9 @@ class Stack:
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Go on where `state_dict` was taken, in a stack of the same cocktails, optimizer and models of the same kinds."""
         self._calls.between("stack.load_state_dict", self._parts.gradients)
-        going = going_in(saved, self.runs, self.members, about(self._make, self._lrs))
+        going, models = going_in(saved, self.runs, self.members, about(self._make, self._lrs))
         self._leave([k for k in self.members if k not in going], "had left when it was saved", "stack.load_state_dict")
-        load_stack(self.runs, self._parts.all, saved)
+        load_stack(self.runs, self._parts.all, saved, models)
         self.stopped |= {k: run.stopped for k, run in enumerate(self.runs) if k not in going and run.stopped}
 
     def __repr__(self) -> str:
